@@ -1,0 +1,643 @@
+"""Softmax attention with constant cost per token: the mathematics, on plain tensors.
+
+Source: F. A. Heinsen, "Softmax Attention with Constant Cost per Token", arXiv 2404.05843. Equation numbers are the paper's.
+
+Glossary
+--------
+=========  =========  ==================================================================================================
+symbol     shape      meaning
+=========  =========  ==================================================================================================
+B H T      -          batch, heads, tokens
+K          -          key features of a head, here called slots (the paper's d_K)
+V          -          value features of a head (the paper's d_V)
+N C        -          chunks of a sequence, tokens of a chunk; T = N·C after padding
+M          -          B·H: every head of every row is a sequence of its own
+q k v      [M,T,·]    query, key, value
+f          [M,T,K]    log_decay: log of what a slot keeps of its past when token t arrives, ≤ 0; None: keep everything
+log_Z      [M,K]      log of Z_t = Σ_{j≤t} exp(k_j), the mass that each slot has seen                             (eq. 6)
+mean       [M,K,V]    S_t / Z_t, S_t = Σ_{j≤t} exp(k_j) v_jᵀ: each slot's exp(k)-weighted running mean of the values
+lse        [M,T]      log of the read's denominator, LSE_d(q_t + log Z_t); +inf for a row that has seen nothing
+=========  =========  ==================================================================================================
+
+The definition and its recurrent form are
+
+    Attention(Q,K,V) = softmax( log( exp(Q) exp(K)ᵀ ) ) V                                                        (eq. 2)
+    y_t = exp( LSE_d(q_t + log S_t) − LSE_d(q_t + log Z_t) ) = softmax_d(q_t + log Z_t) · mean_t                 (eq. 5)
+    log Z_t = logaddexp(log Z_{t−1} + f_t, k_t),   mean_t = mean_{t−1} + exp(k_t − log Z_t) (v_t − mean_{t−1})
+
+so values may have any sign, nothing can overflow, and forgetting (f) moves log Z alone.
+
+Chunks of matrix products
+-------------------------
+Let R_j = Σ_{i>j} f_i be what the rest of the chunk makes of token j, and ref = log Z at the chunk's end. In the units of
+the chunk's end the token weighs exp(k_j + R_j − ref) ≤ 1, a query reads with exp(q_t − R_t + ref), and
+
+    A = tril( exp(q − R + ref − r) exp(k + R − ref)ᵀ ),   r = the row's maximum of q − R + ref                      [C,C]
+    y = ( A v + exp(q − R + ref − r)·carry·mean_start ) / the same with v ≡ 1,   carry = exp(log Z_start + Σf − ref)
+
+This is exact in float32 while no slot's log Z, seen from the chunk's end, grows by more than ``_MAX_GROWTH`` between the
+chunk's first and last row; beyond it early rows underflow. A chunk that grows more is cut in halves, at worst down to single
+tokens, where the growth is 0 and the form is the recurrence itself. The states at the chunks' starts never need that, since a
+state is always written in the units of its own end. A forget of −inf (a document boundary) is an infinite growth, and ends up
+as the first token of its piece, where it empties the carried state.
+
+Gradients
+---------
+With p_td = exp(q_t − R_t + ref − lse_t)_d, w_jd = exp(k_j + R_j − ref)_d, δ_t = dy_t · y_t and g_tj = dy_t·v_j − δ_t, all that is
+later than a point of time acts on it through the gradient of the state there, (dmean [K,V], dlog_Z [K]), a reversed state:
+
+    dv_j = Σ_{t≥j} (p_t·w_j) dy_t + w_j dmean           dk_j = w_j ∘ ( Σ_{t≥j} p_t g_tj + dmean (v_j − mean_end) + dlog_Z )
+    x_t  = p_t ∘ carry ∘ (mean_start dy_t − δ_t)        dq_t = p_t ∘ Σ_{j≤t} w_j g_tj + x_t
+    df_t = Σ_{s≥t in the chunk} (dq_s − dk_s) + dlog_Z
+
+    dmean_start  = carry ∘ ( dmean + Σ_t p_t ⊗ dy_t )
+    dlog_Z_start = carry ∘ ( dlog_Z + dmean·(mean_start − mean_end) ) + Σ_t x_t
+
+Nothing but the inputs, y and lse is kept between forward and backward.
+
+Precision: log_Z and every difference of exponents is float64, everything else float32 (float64 for float64 inputs). A device
+without float64 (MPS) uses float32 throughout.
+"""
+
+import re
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_CHUNK_SIZE = 64
+_MAX_GROWTH = 60.0  # e^60 = 1e26: what a chunk's log Z may grow by; leaves float32 (1e±38) room for the products
+_NEG_INF = float("-inf")
+
+
+# --------------------------------------------------------------------------------------------------------------- the state
+
+
+class ConstAttnState(NamedTuple):
+    """All that a head remembers of the tokens it has seen, the same size for any number of them.
+
+    Attributes:
+        log_Z: [B,H,K], log of the summed weights of each slot; −inf where nothing has been seen. float64 where the device has it.
+        mean: [B,H,K,V], each slot's weighted mean of the values; 0 where nothing has been seen. float32 (float64 for float64 inputs).
+    """
+
+    log_Z: Tensor
+    mean: Tensor
+
+    @classmethod
+    def empty(
+        cls, batch: int, heads: int, slots: int, features: int, dtype: torch.dtype, device: torch.device | str
+    ) -> "ConstAttnState":
+        """The state before the first token, for inputs of ``dtype``."""
+        return cls(
+            torch.full((batch, heads, slots), _NEG_INF, dtype=_log_dtype(device), device=device),
+            torch.zeros((batch, heads, slots, features), dtype=_compute_dtype(dtype), device=device),
+        )
+
+    @classmethod
+    def from_logs(cls, log_S: Tensor, log_Z: Tensor) -> "ConstAttnState":
+        """Builds the state from the paper's pair (eq. 6).
+
+        Args:
+            log_S: [B,H,K,V], real, or complex where sums are negative (imaginary part π).
+            log_Z: [B,H,K], real.
+
+        Raises:
+            ValueError: if the shapes do not belong together.
+        """
+        if log_S.shape[:-1] != log_Z.shape:
+            raise ValueError(
+                f"log_S {tuple(log_S.shape)} must have the shape of log_Z {tuple(log_Z.shape)} plus one axis of values"
+            )
+        log_Z = log_Z.to(_log_dtype(log_Z.device))
+        ratio = (log_S - _finite(log_Z)[..., None]).exp()  # S/Z; an empty slot gives exp(−inf) = 0
+        mean = ratio.real if ratio.is_complex() else ratio
+        real_dtype = log_S.real.dtype if log_S.is_complex() else log_S.dtype
+        return cls(log_Z, mean.to(_compute_dtype(real_dtype)))
+
+    @property
+    def log_S(self) -> Tensor:
+        """[B,H,K,V]: log Σ exp(k) v (eq. 6). Real where no sum is negative, else complex with imaginary part π."""
+        mean = self.mean.to(self.log_Z.dtype)
+        if bool((mean < 0).any()):
+            mean = torch.complex(mean, torch.zeros_like(mean))
+        return self.log_Z[..., None] + mean.log()
+
+    def merge(self, other: "ConstAttnState") -> "ConstAttnState":
+        """The state after both texts: associative and commutative, exact.
+
+        With forgetting, first shift the earlier state by what the later text makes of it: ``state.log_Z + total log_decay``.
+
+        Raises:
+            ValueError: if the two states differ in shape.
+        """
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(f"cannot merge states of shapes {tuple(self.mean.shape)} and {tuple(other.mean.shape)}")
+        log_Z = _log_add_exp(self.log_Z, other.log_Z)
+        weight = (other.log_Z - _finite(log_Z)).exp().to(self.mean.dtype)[..., None]
+        return ConstAttnState(log_Z, self.mean + weight * (other.mean - self.mean))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both tensors."""
+        return self.log_Z.nbytes + self.mean.nbytes
+
+
+def _log_dtype(device: torch.device | str) -> torch.dtype:
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _finite(log_Z: Tensor) -> Tensor:
+    """log_Z with 0 for −inf: safe to subtract, since whatever it is subtracted from is −inf there too."""
+    return log_Z.masked_fill(log_Z == _NEG_INF, 0.0)
+
+
+def _log_add_exp(a: Tensor, b: Tensor) -> Tensor:
+    """logaddexp whose gradient is 0, not NaN, where both are −inf."""
+    empty = (a == _NEG_INF) & (b == _NEG_INF)
+    return torch.logaddexp(a.masked_fill(empty, 0.0), b.masked_fill(empty, 0.0)).masked_fill(empty, _NEG_INF)
+
+
+# --------------------------------------------------------------------------------------------------- the definition and the paper
+
+
+def quadratic_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = True,
+) -> Tensor:
+    """The definition (eq. 2), O(T²): a softmax over tokens of LSE_d(q_t + k_j), in the dtype of the inputs. The oracle.
+
+    Arguments and errors are those of `constant_attention`.
+
+    Returns:
+        [B,H,T,V]; a row that sees no token is 0.
+    """
+    _check_inputs(query, key, value, None, log_decay, key_mask, is_causal)
+    B, H, T, K = query.shape
+    device = query.device
+    visible = torch.ones(T, T, dtype=torch.bool, device=device).tril() if is_causal else None
+    decay_sum = resets = None
+    if log_decay is not None:
+        if key_mask is not None:
+            log_decay = log_decay.masked_fill(~key_mask[:, None, :, None], 0.0)
+        resets = (log_decay == _NEG_INF).cumsum(-2)  # [B,H,T,·] how often a slot was emptied up to t
+        decay_sum = log_decay.masked_fill(log_decay == _NEG_INF, 0.0).cumsum(-2)
+    rows = max(1, 2**24 // max(1, B * H * T * K))  # the [rows,T,K] block of exponents stays below 16M numbers
+    outputs = []
+    for start in range(0, T, rows):
+        t = slice(start, min(start + rows, T))
+        exponents = query[:, :, t, None, :] + key[:, :, None, :, :]  # [B,H,rows,T,K]
+        if decay_sum is not None and resets is not None:
+            exponents = exponents + (decay_sum[:, :, t, None] - decay_sum[:, :, None])
+            exponents = exponents.masked_fill(resets[:, :, t, None] != resets[:, :, None], _NEG_INF)
+        seen = (exponents > _NEG_INF).any(-1)  # [B,H,rows,T]
+        if visible is not None:
+            seen = seen & visible[t]
+        if key_mask is not None:
+            seen = seen & key_mask[:, None, None, :]
+        scores = exponents.masked_fill(~seen[..., None], 0.0).logsumexp(-1)  # log( exp(q)·exp(k) )          [B,H,rows,T]
+        empty = ~seen.any(-1, keepdim=True)
+        weights = scores.masked_fill(~seen & ~empty, _NEG_INF).softmax(-1).masked_fill(empty, 0.0)
+        outputs.append(weights @ value)
+    return torch.cat(outputs, 2) if outputs else torch.zeros_like(value)
+
+
+def scan_attention(query: Tensor, key: Tensor, log_value: Tensor, *, is_causal: bool = True) -> Tensor:
+    """The paper's own form: log values in, log attention out, by a parallel scan (or, not causal, a reduction) of log-sums.
+
+    Keeps a [K,V] state for every token: O(T·K·V) memory. Here for comparison.
+
+    Args:
+        query, key: [B,H,T,K].
+        log_value: [B,H,T,V], logs of positive values.
+
+    Returns:
+        [B,H,T,V], the log of the attention (eq. 5).
+    """
+    _check_inputs(query, key, log_value, None, None, None, is_causal)
+    log_terms = key[..., :, None] + log_value[..., None, :]  # log( exp(k_j) v_jᵀ )                              [B,H,T,K,V]
+    if is_causal:
+        log_S, log_Z = log_terms.logcumsumexp(2), key.logcumsumexp(2)  # eq. 6
+    else:
+        log_S, log_Z = log_terms.logsumexp(2, keepdim=True), key.logsumexp(2, keepdim=True)
+    return (query[..., None] + log_S).logsumexp(-2) - (query + log_Z).logsumexp(-1, keepdim=True)  # eq. 5
+
+
+# ------------------------------------------------------------------------------------------------------------------- the product
+
+
+def constant_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: ConstAttnState | None = None,
+    *,
+    log_decay: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = True,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, ConstAttnState]:
+    """Exact attention (eq. 2) in O(T) time, with a state of constant size in and out.
+
+    Args:
+        query, key: [B,H,T,K], any finite numbers of a floating dtype.
+        value: [B,H,T,V], any sign.
+        state: what was seen before these tokens; None for nothing.
+        log_decay: [B,H,T,K], or [B,H,T,1] for one per head; ≤ 0: log of what a slot keeps of its past when token t arrives.
+            −inf empties the slot before the token, as at a document's start. Causal only.
+        key_mask: [B,T] bool, True for a real token. A masked token neither adds nor decays.
+        is_causal: each token sees itself and the past; else every token sees all of them.
+        chunk_size: tokens of one block of matrix products; changes speed, not results. Default 64.
+        backend: "auto" or "torch".
+
+    Returns:
+        The output [B,H,T,V] in the dtype of ``value`` (0 for a row that has seen nothing), and the state after the last token.
+        Differentiable once, with respect to every tensor argument, the state included.
+
+    Raises:
+        TypeError: for dtypes that are not floating, or differ, or a mask that is not bool.
+        ValueError: for shapes that do not belong together, a positive chunk size missing, or an unknown backend.
+    """
+    _check_inputs(query, key, value, state, log_decay, key_mask, is_causal)
+    if backend not in ("auto", "torch"):
+        raise ValueError(f"backend={backend!r} is unknown; use 'auto' or 'torch'")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size} must be at least 1")
+    B, H, T, K = query.shape
+    V = value.shape[-1]
+    if state is None:
+        state = ConstAttnState.empty(B, H, K, V, value.dtype, value.device)
+    if T == 0:
+        return torch.zeros_like(value), state
+
+    compute_dtype = _compute_dtype(value.dtype)
+    q, k, v = query.to(compute_dtype), key.to(compute_dtype), value.to(compute_dtype)
+    f = None if log_decay is None else log_decay.to(compute_dtype)
+    if key_mask is not None:
+        masked = ~key_mask[:, None, :, None]
+        k = k.masked_fill(masked, _NEG_INF)
+        v = v.masked_fill(masked, 0.0)  # a masked value may be anything, and 0 · inf is NaN
+        f = None if f is None else f.masked_fill(masked, 0.0)
+
+    with torch.autocast(query.device.type, enabled=False):
+        if not is_causal:
+            output, state = _attend_totals(q, k, v, state)
+        elif T == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *state))):
+            output, state = _attend_step(q, k, v, f, state)
+        else:
+            log_Z0 = state.log_Z.to(_log_dtype(q.device)).reshape(B * H, K)
+            mean0 = state.mean.to(compute_dtype).reshape(B * H, K, V)
+            q, k, v = (x.reshape(B * H, T, -1) for x in (q, k, v))
+            f = None if f is None else f.reshape(B * H, T, -1)
+            output, _, log_Z, mean = _chunked(q, k, v, f, log_Z0, mean0, chunk_size or _CHUNK_SIZE)
+            output = output.view(B, H, T, V)
+            state = ConstAttnState(log_Z.view(B, H, K), mean.view(B, H, K, V))
+    return output.to(value.dtype), state
+
+
+def _read(q: Tensor, state: ConstAttnState) -> Tensor:
+    """y = softmax_d(q + log Z) · mean (eq. 5). q [B,H,T,K] → [B,H,T,V]; an empty state has mean 0 and reads 0."""
+    read_weights = (q + _finite(state.log_Z)[:, :, None]).softmax(-1).to(state.mean.dtype)
+    return read_weights @ state.mean
+
+
+def _attend_step(
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, state: ConstAttnState
+) -> tuple[Tensor, ConstAttnState]:
+    """The recurrence, for one token: O(K·V). No branch on data, so it compiles into one graph."""
+    log_Z = state.log_Z if f is None else state.log_Z + f[:, :, 0]
+    log_Z = torch.logaddexp(log_Z, k[:, :, 0].to(log_Z.dtype))
+    weight = (k[:, :, 0] - _finite(log_Z)).exp().to(v.dtype)
+    state = ConstAttnState(log_Z, torch.lerp(state.mean.to(v.dtype), v, weight[..., None]))  # v [B,H,1,V] meets every slot
+    return _read(q, state), state
+
+
+def _attend_totals(q: Tensor, k: Tensor, v: Tensor, state: ConstAttnState) -> tuple[Tensor, ConstAttnState]:
+    """Not causal: every row reads the totals. O(T·K·V)."""
+    peak = _finite(k.detach().amax(2, keepdim=True))
+    weights = (k.to(state.log_Z.dtype) - peak).exp().to(v.dtype)  # exp(k − peak) ≤ 1                                 [B,H,T,K]
+    total = weights.sum(2)
+    empty = total == 0
+    log_Z = (peak[:, :, 0] + total.masked_fill(empty, 1.0).to(state.log_Z.dtype).log()).masked_fill(empty, _NEG_INF)
+    mean = weights.transpose(2, 3) @ v / total.masked_fill(empty, 1.0)[..., None]
+    state = state.merge(ConstAttnState(log_Z, mean))
+    return _read(q, state), state
+
+
+# --------------------------------------------------------------------------------------------- chunks: states, forward, backward
+
+
+class _Chunks(NamedTuple):
+    """Chunked inputs ([M,N,C,·], see the module's docstring) and what the states of all chunks say about them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    f: Tensor | None
+    rest: Tensor | None  # R [M,N,C,K or 1], log-space dtype: what the rest of the chunk makes of each token
+    w: Tensor  # exp(k + R − ref) [M,N,C,K]
+    ref: Tensor  # log Z at each chunk's end, 0 where nothing has been seen [M,N,1,K]
+    carry: Tensor  # exp(log Z_start + Σf − ref): the share of each end state that was there at the start [M,N,K]
+    log_Z: Tensor  # [M,N+1,K]: at each chunk's start, then at the end
+    mean: Tensor  # [M,N+1,K,V]
+    steep: Tensor  # indices into the M·N chunks of those that grow too much, int64
+
+
+def _chunks(x: Tensor, N: int, C: int, fill: float = 0.0) -> Tensor:
+    """[M,T,·] → [M,N,C,·], filled up at the end."""
+    missing = N * C - x.shape[1]
+    if missing:
+        x = torch.nn.functional.pad(x, (0, 0, 0, missing), value=fill)
+    return x.contiguous().view(x.shape[0], N, C, x.shape[-1])
+
+
+def _scan_chunks(
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, log_Z0: Tensor, mean0: Tensor, chunk_size: int
+) -> _Chunks:
+    """Cuts a sequence into chunks and computes the state at every chunk's start: exact for any input."""
+    T = q.shape[1]
+    N = -(-T // chunk_size)
+    C = -(-T // N)
+    q, k, v = _chunks(q, N, C), _chunks(k, N, C, _NEG_INF), _chunks(v, N, C)
+    M, _, _, K = k.shape
+    log_dtype = log_Z0.dtype
+
+    rest = total_decay = None
+    if f is not None:
+        f = _chunks(f, N, C)
+        later = f[:, :, 1:].to(log_dtype).flip(2).cumsum(2).flip(2)  # no difference of sums: −inf stays −inf, never NaN
+        rest = torch.nn.functional.pad(later, (0, 0, 0, 1))
+        total_decay = rest[:, :, 0] + f[:, :, 0]  # [M,N,K or 1]
+
+    # What each chunk adds, by itself: log Σ_j exp(k_j + R_j) and the mean of its values under these weights.
+    exponents = k if rest is None else k + rest
+    peak = exponents.amax(2, keepdim=True)  # [M,N,1,K]; −inf where all is masked
+    w = _exp_difference(exponents, _finite(peak), v.dtype)  # ≤ 1
+    added = w.sum(2)  # [M,N,K]; at least 1, or 0 where all is masked
+    log_added = _finite(peak)[:, :, 0].to(log_dtype) + added.to(log_dtype).log()
+    added_mean = torch.matmul(w.transpose(2, 3), v) / added.clamp_min(1.0)[..., None]
+
+    # The only sequential part: N steps on [M,K] and [M,K,V].
+    log_Z = torch.empty(M, N + 1, K, dtype=log_dtype, device=k.device)
+    log_Z[:, 0] = log_Z0
+    for n in range(N):
+        decayed = log_Z[:, n] if total_decay is None else log_Z[:, n] + total_decay[:, n]
+        torch.logaddexp(decayed, log_added[:, n], out=log_Z[:, n + 1])
+    ref = _finite(log_Z[:, 1:])
+    mean = torch.empty(M, N + 1, K, v.shape[-1], dtype=v.dtype, device=k.device)
+    mean[:, 0] = mean0
+    share = (log_added - ref).exp().to(v.dtype)[..., None]  # of the end state, what the chunk added
+    for n in range(N):
+        torch.lerp(mean[:, n], added_mean[:, n], share[:, n], out=mean[:, n + 1])
+
+    start = log_Z[:, :-1] if total_decay is None else log_Z[:, :-1] + total_decay
+    carry = (start - ref).exp().to(v.dtype)
+    w.mul_((peak[:, :, 0] - ref).exp().to(v.dtype).unsqueeze(2))  # now exp(k + R − ref)
+
+    steep = _steep_chunks(k, f, rest, log_Z, ref) if C > 1 else torch.empty(0, dtype=torch.long, device=k.device)
+    return _Chunks(q, k, v, f, rest, w, ref.unsqueeze(2), carry, log_Z, mean, steep)
+
+
+def _exp_difference(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(a − b), the difference taken in the wider dtype of the two and rounded once."""
+    out = torch.empty(torch.broadcast_shapes(a.shape, b.shape), dtype=dtype, device=a.device)
+    return torch.sub(a, b, out=out).exp_()
+
+
+def _steep_chunks(k: Tensor, f: Tensor | None, rest: Tensor | None, log_Z: Tensor, ref: Tensor) -> Tensor:
+    """Which chunks grow by more than `_MAX_GROWTH` from the first row that holds mass to the end, in any slot.
+
+    Growth is seen from the chunk's end: log Z_1 + R_1 against log Z_C. Not (≤) rather than (>): a NaN is steep, too.
+    """
+    first = log_Z[:, :-1] if f is None else log_Z[:, :-1] + f[:, :, 0]
+    first = torch.logaddexp(first, k[:, :, 0].to(first.dtype))  # log Z at the first row                         [M,N,K]
+    empty = first == _NEG_INF
+    if rest is not None:
+        first = first + rest[:, :, 0]
+    if bool(empty.any()):  # nothing seen yet and a masked token first: measure from the smallest later weight, an upper bound
+        lowest = (k if rest is None else k + rest).masked_fill(k == _NEG_INF, float("inf")).amin(2)
+        first = torch.where(empty, lowest.to(first.dtype), first)
+    return (~(ref - first <= _MAX_GROWTH)).any(-1).flatten().nonzero().flatten()
+
+
+def _pick(x: Tensor | None, c: _Chunks) -> Tensor | None:
+    """The steep chunks of [M,N,...], each as a sequence of its own, [m,...], and in float64: they are few, and read sharply."""
+    return None if x is None else x.flatten(0, 1)[c.steep].to(c.ref.dtype)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, log_Z0: Tensor, mean0: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y [M,T,V], lse [M,T], and the end state (log_Z [M,K], mean [M,K,V])."""
+    M, T, V = v.shape
+    c = _scan_chunks(q, k, v, f, log_Z0, mean0, chunk_size)
+    exponents = c.q + c.ref if c.rest is None else c.q - c.rest + c.ref
+    r = exponents.amax(-1, keepdim=True)  # [M,N,C,1]
+    p = _exp_difference(exponents, r, v.dtype)
+    A = torch.matmul(p, c.w.transpose(2, 3)).tril_()  # [M,N,C,C]
+    numerator = torch.matmul(A, c.v) + torch.matmul(p, c.carry[..., None] * c.mean[:, :-1])
+    denominator = A.sum(-1, keepdim=True) + torch.matmul(p, c.carry[..., None])
+    empty = denominator == 0
+    y = numerator / denominator.masked_fill(empty, 1.0)
+    lse = (r + denominator.to(r.dtype).log()).masked_fill(empty, float("inf")).squeeze(-1)
+    if c.steep.numel():
+        y_steep, lse_steep, _, _ = _forward(
+            *(_pick(x, c) for x in (c.q, c.k, c.v, c.f, c.log_Z[:, :-1], c.mean[:, :-1])), -(-A.shape[-1] // 2)
+        )
+        y.flatten(0, 1)[c.steep] = y_steep.to(y.dtype)
+        lse.flatten(0, 1)[c.steep] = lse_steep
+    return y.flatten(1, 2)[:, :T], lse.flatten(1, 2)[:, :T], c.log_Z[:, -1], c.mean[:, -1]
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor | None,
+    log_Z0: Tensor,
+    mean0: Tensor,
+    lse: Tensor,
+    y: Tensor,
+    dy: Tensor,
+    dlog_Z_end: Tensor,
+    dmean_end: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """dq, dk, dv, df [M,T,·], dlog_Z0 [M,K] and dmean0 [M,K,V] by the equations of the module's docstring."""
+    T = q.shape[1]
+    c = _scan_chunks(q, k, v, f, log_Z0, mean0, chunk_size)
+    M, N, C, K = c.k.shape
+    start, end = slice(None, -1), slice(1, None)  # of the states at chunk boundaries
+    y, dy, lse = _chunks(y, N, C), _chunks(dy, N, C), _chunks(lse[..., None], N, C, float("inf"))
+    exponents = c.q + c.ref if c.rest is None else c.q - c.rest + c.ref
+    p = _exp_difference(exponents, lse, v.dtype)  # ≤ exp(growth)                                                  [M,N,C,K]
+    p_start = p * c.carry.unsqueeze(2)  # the weights of the state at the start
+    P = torch.matmul(p, c.w.transpose(2, 3)).tril_()  # the attention itself                                       [M,N,C,C]
+    g = torch.matmul(dy, c.v.transpose(2, 3))  # still without δ
+    g_start = torch.matmul(dy, c.mean[:, start].transpose(2, 3))  # [M,N,C,K]
+
+    # δ as the mean of g under the attention: dy·y in exact arithmetic, but where one token has all the weight the rounding of
+    # g then cancels in g − δ.
+    total = P.sum(-1, keepdim=True) + p_start.sum(-1, keepdim=True)
+    delta = (P * g).sum(-1, keepdim=True) + (p_start * g_start).sum(-1, keepdim=True)
+    delta = delta / total.masked_fill(total == 0, 1.0)
+    if c.steep.numel():
+        # p·carry may be inf·0 there; in the units of the chunk's start it is ≤ 1.
+        prefix = c.log_Z[:, start].unsqueeze(2) if c.f is None else (
+            c.f.to(c.ref.dtype).cumsum(2) + c.log_Z[:, start].unsqueeze(2)
+        )
+        p_start.flatten(0, 1)[c.steep] = _exp_difference(_pick(c.q + prefix, c), _pick(lse, c), v.dtype)
+        delta.flatten(0, 1)[c.steep] = (_pick(dy, c) * _pick(y, c)).sum(-1, keepdim=True).to(v.dtype)
+    g = g.sub_(delta).tril_()
+    x = g_start.sub_(delta).mul_(p_start)
+
+    # The only sequential part: the gradients of the states, N steps backwards.
+    dmean = torch.empty(M, N + 1, K, v.shape[-1], dtype=v.dtype, device=v.device)
+    dmean[:, N] = dmean_end
+    added = torch.matmul(p_start.transpose(2, 3), dy)
+    for n in reversed(range(N)):
+        torch.addcmul(added[:, n], c.carry[:, n, :, None], dmean[:, n + 1], out=dmean[:, n])
+    dlog_Z = torch.empty(M, N + 1, K, dtype=v.dtype, device=v.device)
+    dlog_Z[:, N] = dlog_Z_end
+    added = x.sum(2) + c.carry * (dmean[:, end] * (c.mean[:, start] - c.mean[:, end])).sum(-1)
+    for n in reversed(range(N)):
+        torch.addcmul(added[:, n], c.carry[:, n], dlog_Z[:, n + 1], out=dlog_Z[:, n])
+
+    dv = torch.matmul(P.transpose(2, 3), dy) + torch.matmul(c.w, dmean[:, end])
+    dq = torch.matmul(g, c.w).mul_(p).add_(x)
+    dk = torch.matmul(g.transpose(2, 3), p) + torch.matmul(c.v, dmean[:, end].transpose(2, 3))
+    dk.add_((dlog_Z[:, end] - (dmean[:, end] * c.mean[:, end]).sum(-1)).unsqueeze(2)).mul_(c.w)
+    df = None
+    if c.f is not None:
+        df = (dq - dk).flip(2).cumsum(2).flip(2) + dlog_Z[:, end].unsqueeze(2)
+        if c.f.shape[-1] == 1:
+            df = df.sum(-1, keepdim=True)
+    if c.steep.numel():
+        inputs = (c.q, c.k, c.v, c.f, c.log_Z[:, start], c.mean[:, start], lse.squeeze(-1), y, dy, dlog_Z[:, end], dmean[:, end])
+        parts = _backward(*(_pick(tensor, c) for tensor in inputs), -(-C // 2))
+        for whole, part in zip((dq, dk, dv, df), parts):
+            if whole is not None:
+                whole.flatten(0, 1)[c.steep] = part.to(whole.dtype)
+    dq, dk, dv, df = (grad if grad is None else grad.flatten(1, 2)[:, :T] for grad in (dq, dk, dv, df))
+    return dq, dk, dv, df, dlog_Z[:, 0], dmean[:, 0]
+
+
+# ------------------------------------------------------------- the same as operators, which torch.compile and torch.export see whole
+
+# One namespace for each copy of this file, so that a copy loaded as remote code never replaces the installed package's operators.
+_NAMESPACE = re.sub(r"\W", "_", __name__)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::chunked", mutates_args=())
+def _chunked(
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, log_Z0: Tensor, mean0: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, lse, log_Z, mean = _forward(q, k, v, f, log_Z0, mean0, chunk_size)
+    return y.contiguous(), lse.contiguous(), log_Z.clone(), mean.clone()
+
+
+@_chunked.register_fake
+def _(q, k, v, f, log_Z0, mean0, chunk_size):
+    return v.new_empty(v.shape), v.new_empty(v.shape[:2], dtype=log_Z0.dtype), log_Z0.clone(), mean0.clone()
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::chunked_backward", mutates_args=())
+def _chunked_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor | None,
+    log_Z0: Tensor,
+    mean0: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    dy: Tensor,
+    dlog_Z: Tensor,
+    dmean: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, df, dlog_Z0, dmean0 = _backward(q, k, v, f, log_Z0, mean0, lse, y, dy, dlog_Z, dmean, chunk_size)
+    df = q.new_empty(0) if df is None else df.contiguous()
+    return dq.contiguous(), dk.contiguous(), dv.contiguous(), df, dlog_Z0.to(log_Z0.dtype, copy=True), dmean0.clone()
+
+
+@_chunked_backward.register_fake
+def _(q, k, v, f, log_Z0, mean0, y, lse, dy, dlog_Z, dmean, chunk_size):
+    df = q.new_empty(0) if f is None else f.new_empty(f.shape)
+    return tuple(x.new_empty(x.shape) for x in (q, k, v)) + (df, log_Z0.new_empty(log_Z0.shape), mean0.new_empty(mean0.shape))
+
+
+def _save_for_backward(ctx, inputs, output):
+    q, k, v, f, log_Z0, mean0, ctx.chunk_size = inputs
+    y, lse, _, _ = output
+    ctx.save_for_backward(q, k, v, f, log_Z0, mean0, y, lse)
+
+
+def _run_backward(ctx, dy, dlse, dlog_Z, dmean):
+    f, log_Z0, mean0, y = (ctx.saved_tensors[i] for i in (3, 4, 5, 6))
+    dy = torch.zeros_like(y) if dy is None else dy
+    dlog_Z = torch.zeros_like(log_Z0) if dlog_Z is None else dlog_Z
+    dmean = torch.zeros_like(mean0) if dmean is None else dmean
+    dq, dk, dv, df, dlog_Z0, dmean0 = _chunked_backward(*ctx.saved_tensors, dy, dlog_Z, dmean, ctx.chunk_size)
+    return dq, dk, dv, None if f is None else df, dlog_Z0, dmean0, None
+
+
+_chunked.register_autograd(_run_backward, setup_context=_save_for_backward)
+
+
+# --------------------------------------------------------------------------------------------------------------------- bad input
+
+
+def _check_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: ConstAttnState | None,
+    log_decay: Tensor | None,
+    key_mask: Tensor | None,
+    is_causal: bool,
+) -> None:
+    """One error that names the offending shape or dtype and what would be right. Reads no data."""
+    if query.dim() != 4 or query.shape != key.shape:
+        raise ValueError(
+            f"query and key must both be [B,H,T,K]; they are {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    B, H, T, K = query.shape
+    if value.dim() != 4 or value.shape[:3] != (B, H, T):
+        raise ValueError(f"value must be [B,H,T,V] = [{B},{H},{T},V]; it is {tuple(value.shape)}")
+    if K == 0 or value.shape[-1] == 0:
+        raise ValueError(f"K={K} and V={value.shape[-1]} must be at least 1")
+    for name, x in (("query", query), ("key", key), ("value", value), ("log_decay", log_decay)):
+        if x is not None and not x.is_floating_point():
+            raise TypeError(f"{name} must be of a floating dtype; it is {x.dtype}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(f"query, key and value must share a dtype; they are {query.dtype}, {key.dtype}, {value.dtype}")
+    if log_decay is not None:
+        if log_decay.dim() != 4 or log_decay.shape[:3] != (B, H, T) or log_decay.shape[3] not in (1, K):
+            raise ValueError(f"log_decay must be [{B},{H},{T},{K}] or [{B},{H},{T},1]; it is {tuple(log_decay.shape)}")
+        if not is_causal:
+            raise ValueError("log_decay has no meaning with is_causal=False: every token reads the same totals")
+    if key_mask is not None:
+        if key_mask.dtype != torch.bool:
+            raise TypeError(f"key_mask must be bool, True for a real token; it is {key_mask.dtype}")
+        if key_mask.shape != (B, T):
+            raise ValueError(f"key_mask must be [B,T] = [{B},{T}]; it is {tuple(key_mask.shape)}")
+    if state is not None:
+        V = value.shape[-1]
+        if state.log_Z.shape != (B, H, K) or state.mean.shape != (B, H, K, V):
+            raise ValueError(
+                f"state must hold log_Z [{B},{H},{K}] and mean [{B},{H},{K},{V}]; "
+                f"it holds {tuple(state.log_Z.shape)} and {tuple(state.mean.shape)}"
+            )
+        if state.mean.device != value.device:
+            raise ValueError(f"state is on {state.mean.device}, the inputs on {value.device}")
