@@ -232,6 +232,21 @@ def scan_attention(query: Tensor, key: Tensor, log_value: Tensor, *, is_causal: 
     return (query[..., None] + log_S).logsumexp(-2) - (query + log_Z).logsumexp(-1, keepdim=True)  # eq. 5
 
 
+def log_linear_recurrence(log_coefficient: Tensor, log_value: Tensor, log_initial: Tensor) -> Tensor:
+    """x_t = logaddexp(x_{t−1} + log a_t, b_t), the paper's position embedding, by one parallel scan.
+
+    Args:
+        log_coefficient, log_value: [B,T,D], log a ≤ 0 and b; float64 keeps the scan exact over long texts. b = −inf adds nothing.
+        log_initial: [B,D], x_0, finite.
+
+    Returns:
+        [B,T,D], x_1 … x_T.
+    """
+    log_product = log_coefficient.cumsum(1)  # log Π_{i≤t} a_i
+    terms = torch.cat([log_initial[:, None], log_value - log_product], 1)
+    return log_product + terms.logcumsumexp(1)[:, 1:]
+
+
 # ------------------------------------------------------------------------------------------------------------------- the product
 
 

@@ -1,0 +1,563 @@
+"""ConstAttn models: the modules project, convolve, gate and cache; the attention itself is in `attention_constattn`."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import (
+    create_recurrent_attention_mask,
+    create_sliding_window_causal_mask,
+    find_packed_sequence_indices,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_constattn import constant_attention, log_linear_recurrence
+from .cache_constattn import ConstAttnCacheLayer
+from .configuration_constattn import ConstAttnConfig
+
+_INITIAL_LOG_DECAY = -0.0433  # log f of a new forget gate, = logsigmoid(0)/16: half-forgotten after 16 tokens
+_MAX_LOG_VALUE = 80.0  # of the "heinsen" block: exp(±80) stays within float32
+
+
+def _cache_layer(past_key_values: Cache | None, layer_idx: int) -> ConstAttnCacheLayer | None:
+    return None if past_key_values is None else past_key_values.layers[layer_idx]  # type: ignore[return-value]
+
+
+# ------------------------------------------------------------------------------------------------------- the default block
+
+
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution over the last L tokens, [B,T,D] → [B,T,D], the last L−1 inputs kept in the cache."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, kernel_size))
+
+    def forward(self, x: Tensor, lag_limit: Tensor | None, cache: ConstAttnCacheLayer | None) -> Tensor:
+        """``lag_limit`` [B,T]: how far back each token may look, where documents are packed."""
+        T, L = x.shape[1], self.weight.shape[1]
+        past = None if cache is None else cache.tensors.get("conv")
+        x = F.pad(x, (0, 0, L - 1, 0)) if past is None else torch.cat([past.to(x.dtype), x], 1)  # [B,L−1+T,D]
+        if cache is not None:
+            cache.write("conv", x[:, T:])
+        y = x[:, L - 1 :] * self.weight[:, L - 1]
+        for lag in range(1, L):
+            tap = x[:, L - 1 - lag : L - 1 - lag + T]
+            if lag_limit is not None:
+                tap = tap.masked_fill((lag_limit < lag)[..., None], 0.0)
+            y = torch.addcmul(y, tap, self.weight[:, L - 1 - lag])
+        return y
+
+
+class ConstantAttention(nn.Module):
+    """Projections, short convolution, constant attention with forgetting, per-head norm, gate, output projection."""
+
+    def __init__(self, config: ConstAttnConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_slots, self.head_dim = config.num_slots, config.head_dim
+        self.forget_gate_bound = config.forget_gate_bound
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        self.q_proj = nn.Linear(hidden, heads * self.num_slots, bias=False)
+        self.k_proj = nn.Linear(hidden, heads * self.num_slots, bias=False)
+        self.v_proj = nn.Linear(hidden, heads * self.head_dim, bias=False)
+        self.f_proj = nn.Linear(hidden, heads * self.num_slots) if config.use_forget_gate else None
+        self.g_proj = nn.Linear(hidden, heads * self.head_dim, bias=False) if config.use_output_gate else None
+        self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=False)
+        channels = heads * (2 * self.num_slots + self.head_dim)
+        self.conv = ShortConvolution(channels, config.conv_kernel_size) if config.conv_kernel_size > 1 else None
+        self.norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_output_norm else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_mask: Tensor | None,
+        lag_limit: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> Tensor:
+        """[B,T,hidden] → [B,T,hidden]. ``key_mask`` [B,T] bool; ``lag_limit`` [B,T], 0 at each packed document's start."""
+        B, T, _ = hidden_states.shape
+        cache = _cache_layer(past_key_values, self.layer_idx)
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if self.conv is not None:
+            widths = (query.shape[-1], key.shape[-1], value.shape[-1])
+            joint = torch.cat([query, key, value], -1)
+            if key_mask is not None:
+                joint = joint.masked_fill(~key_mask[..., None], 0.0)
+            query, key, value = self.conv(joint, lag_limit, cache).split(widths, -1)
+        query = query.view(B, T, -1, self.num_slots).transpose(1, 2)  # [B,H,T,K]
+        key = key.view(B, T, -1, self.num_slots).transpose(1, 2)
+        value = value.view(B, T, -1, self.head_dim).transpose(1, 2)  # [B,H,T,V]
+
+        log_decay = None
+        if self.f_proj is not None:
+            log_decay = -self.forget_gate_bound * self.f_proj(hidden_states).float().sigmoid()
+            log_decay = log_decay.view(B, T, -1, self.num_slots).transpose(1, 2)
+        if lag_limit is not None:  # a packed document starts from an empty state
+            log_decay = torch.zeros_like(query[..., :1]) if log_decay is None else log_decay
+            log_decay = log_decay.masked_fill((lag_limit == 0)[:, None, :, None], float("-inf"))
+
+        state = None if cache is None else cache.state
+        output, state = constant_attention(query, key, value, state, log_decay=log_decay, key_mask=key_mask)
+        if cache is not None:
+            cache.write("log_Z", state.log_Z)
+            cache.write("mean", state.mean)
+            cache.advance(T)
+
+        output = output.transpose(1, 2)  # [B,T,H,V]
+        if self.norm is not None:
+            output = self.norm(output)
+        output = output.reshape(B, T, -1)
+        if self.g_proj is not None:
+            output = output * F.silu(self.g_proj(hidden_states))
+        return self.o_proj(output)
+
+
+def _eager_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs
+) -> tuple[Tensor, Tensor]:
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: x [B,H,T,V], cos and sin [B,1,T,V/2]; the two halves of the features are the rotated pairs."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class SlidingAttention(nn.Module):
+    """Softmax attention with rotary positions over the last `sliding_window` tokens."""
+
+    is_causal = True
+    num_key_value_groups = 1
+
+    def __init__(self, config: ConstAttnConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.head_dim
+        width = config.num_attention_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        past_key_values: Cache | None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B,T,hidden] → [B,T,hidden] and, with eager attention, the weights [B,H,T,S]."""
+        B, T, _ = hidden_states.shape
+        query = self.q_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
+        query, key = _rotate(query, *rotary), _rotate(key, *rotary)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=0.0,
+            scaling=self.head_dim**-0.5,
+            sliding_window=self.config.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(B, T, -1)), weights
+
+
+class SwiGLU(nn.Module):
+    """down( silu(gate(x)) · up(x) )"""
+
+    def __init__(self, config: ConstAttnConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ConstAttnBlock(GradientCheckpointingLayer):
+    """x + mixer(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, config: ConstAttnConfig, layer_idx: int):
+        super().__init__()
+        self.mixer_type = config.layer_types[layer_idx]
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        mixer_class = ConstantAttention if self.mixer_type == "constant_attention" else SlidingAttention
+        self.mixer = mixer_class(config, layer_idx)
+        if config.intermediate_size:
+            self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.mlp = SwiGLU(config)
+        else:
+            self.mlp = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        masks: dict[str, Tensor | None],
+        lag_limit: Tensor | None,
+        rotary: tuple[Tensor, Tensor] | None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> Tensor:
+        normed = self.input_layernorm(hidden_states)
+        if self.mixer_type == "constant_attention":
+            mixed = self.mixer(normed, masks["constant_attention"], lag_limit, past_key_values)
+        else:
+            mixed, _ = self.mixer(normed, masks["sliding_attention"], rotary, past_key_values, **kwargs)
+        hidden_states = hidden_states + mixed
+        if self.mlp is not None:
+            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states
+
+
+# ------------------------------------------------------------------------------------- the paper's block (block_type "heinsen")
+
+
+class HeinsenPositions(nn.Module):
+    """The paper's position embedding: a linear recurrence in log-space over all channels, added to the tokens."""
+
+    def __init__(self, config: ConstAttnConfig):
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+
+    def forward(
+        self, x: Tensor, key_mask: Tensor | None, lag_limit: Tensor | None, past_key_values: Cache | None
+    ) -> Tensor:
+        """[B,T,hidden] → [B,T,hidden]."""
+        cache = _cache_layer(past_key_values, 0)
+        log_dtype = torch.float32 if x.device.type == "mps" else torch.float64
+        log_a, b = self.proj(x).to(log_dtype).chunk(2, -1)
+        log_a = F.logsigmoid(log_a)
+        if key_mask is not None:
+            log_a = log_a.masked_fill(~key_mask[..., None], 0.0)
+            b = b.masked_fill(~key_mask[..., None], float("-inf"))
+        initial = None if cache is None else cache.tensors.get("position")
+        if initial is None:
+            initial = torch.zeros_like(b[:, 0])
+        if lag_limit is None:
+            positions = log_linear_recurrence(log_a, b, initial)
+        else:  # each packed document starts anew at 0
+            rows = []
+            for row, limits in enumerate(lag_limit):
+                starts = (limits == 0).nonzero().flatten().tolist()
+                pieces = zip(log_a[row].tensor_split(starts), b[row].tensor_split(starts))
+                scans = [
+                    log_linear_recurrence(a[None], b[None], initial[row, None] if i == 0 else initial.new_zeros(1, a.shape[-1]))
+                    for i, (a, b) in enumerate(pieces)
+                    if len(a)
+                ]
+                rows.append(torch.cat(scans, 1))
+            positions = torch.cat(rows)
+        if cache is not None:
+            cache.write("position", positions[:, -1])
+        return x + positions.to(x.dtype)
+
+
+class HeinsenBlock(GradientCheckpointingLayer):
+    """x + out(GLU(linear(log-attention(linear(LayerNorm(x)))))): values are given, and the result is passed on, as logs."""
+
+    def __init__(self, config: ConstAttnConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_slots, self.head_dim = config.num_slots, config.head_dim
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        self.widths = (heads * self.num_slots, heads * self.num_slots, heads * self.head_dim)
+        self.input_layernorm = nn.LayerNorm(hidden, eps=config.rms_norm_eps)
+        self.qkv_proj = nn.Linear(hidden, sum(self.widths))
+        self.glu_proj = nn.Linear(heads * self.head_dim, 2 * hidden)
+        self.o_proj = nn.Linear(hidden, hidden, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        masks: dict[str, Tensor | None],
+        lag_limit: Tensor | None,
+        rotary: None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> Tensor:
+        B, T, _ = hidden_states.shape
+        cache = _cache_layer(past_key_values, self.layer_idx)
+        query, key, log_value = self.qkv_proj(self.input_layernorm(hidden_states)).split(self.widths, -1)
+        query = query.view(B, T, -1, self.num_slots).transpose(1, 2)  # [B,H,T,K]
+        key = key.view(B, T, -1, self.num_slots).transpose(1, 2)
+        log_value = log_value.view(B, T, -1, self.head_dim).transpose(1, 2)  # [B,H,T,V]
+        log_decay = None
+        if lag_limit is not None:
+            log_decay = torch.zeros_like(query[..., :1]).masked_fill((lag_limit == 0)[:, None, :, None], float("-inf"))
+        value = log_value.float().clamp(-_MAX_LOG_VALUE, _MAX_LOG_VALUE).exp()
+        state = None if cache is None else cache.state
+        key_mask = masks["constant_attention"]
+        output, state = constant_attention(
+            query.float(), key.float(), value, state, log_decay=log_decay, key_mask=key_mask
+        )
+        if cache is not None:
+            cache.write("log_Z", state.log_Z)
+            cache.write("mean", state.mean)
+            cache.advance(T)
+        if key_mask is not None:  # a row that has seen nothing reads 0, whose log has no gradient
+            output = output.masked_fill(output == 0, 1.0)
+        log_output = output.log().to(hidden_states.dtype).transpose(1, 2).reshape(B, T, -1)
+        return hidden_states + self.o_proj(F.glu(self.glu_proj(log_output), -1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------- models
+
+
+class ConstAttnPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, saving with remote code, and what Transformers wants to know of the family."""
+
+    config: ConstAttnConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ConstAttnBlock", "HeinsenBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _is_stateful = True
+    _can_record_outputs = {"hidden_states": [ConstAttnBlock, HeinsenBlock], "attentions": SlidingAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, ShortConvolution):
+            bound = module.weight.shape[1] ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, ConstantAttention) and module.f_proj is not None:
+            share = -_INITIAL_LOG_DECAY / module.forget_gate_bound
+            share = min(share, 0.5)
+            init.constant_(module.f_proj.bias, math.log(share / (1 - share)))
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in Transformers; config.json names the classes of every head, so that any of them loads as remote code."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def _check_cache(past_key_values: Cache, config: ConstAttnConfig, batch: int) -> None:
+    """One error for a cache that another model, or another batch, has filled."""
+    layers = past_key_values.layers
+    if len(layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"past_key_values has {len(layers)} layers, the model {config.num_hidden_layers}; "
+            "make it by DynamicCache(config=model.config)"
+        )
+    for i, (layer, mixer_type) in enumerate(zip(layers, config.layer_types)):
+        if isinstance(layer, ConstAttnCacheLayer) != (mixer_type == "constant_attention"):
+            raise ValueError(
+                f"past_key_values.layers[{i}] is a {type(layer).__name__}, the model's layer {i} {mixer_type}; "
+                "make the cache by DynamicCache(config=model.config)"
+            )
+        if isinstance(layer, ConstAttnCacheLayer) and layer.batch_size not in (-1, batch):
+            raise ValueError(f"past_key_values holds {layer.batch_size} rows, the input {batch}")
+
+
+class ConstAttnModel(ConstAttnPreTrainedModel):
+    """The model without a head: embedding, blocks, final norm."""
+
+    def __init__(self, config: ConstAttnConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        if config.block_type == "heinsen":
+            self.positions = HeinsenPositions(config)
+            self.layers = nn.ModuleList([HeinsenBlock(config, i) for i in range(config.num_hidden_layers)])
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
+        else:
+            self.positions = None
+            self.layers = nn.ModuleList([ConstAttnBlock(config, i) for i in range(config.num_hidden_layers)])
+            self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [B,1,T,V/2] of the rotary positions, computed in float32."""
+        half = self.config.head_dim // 2
+        frequencies = self.config.rope_theta ** (-torch.arange(half, device=position_ids.device).float() / half)
+        angles = position_ids[:, None, :, None].float() * frequencies
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: [B,T] token ids; or `inputs_embeds` [B,T,hidden].
+            attention_mask: [B,T], or [B,past+T] of which the last T count; 1 for a real token. Padding may lie anywhere.
+            position_ids: [B,T]. Rotary positions of sliding layers; and where they restart (without an attention_mask), a new packed
+                document starts: no layer looks across.
+            past_key_values: what earlier calls returned, or `DynamicCache(config=model.config)`.
+            use_cache: whether to return the state.
+
+        Raises:
+            ValueError: if both or neither of input_ids and inputs_embeds are given, or a mask or cache does not fit.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        B, T, _ = inputs_embeds.shape
+        if position_ids is None and any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx")):
+            raise ValueError("packed documents need position_ids that restart at each of them")
+
+        lag_limit = None
+        if attention_mask is None and position_ids is not None and T > 1:
+            documents = find_packed_sequence_indices(position_ids)  # [B,T], which document; None for a single one
+            if documents is not None:
+                time = torch.arange(T, device=documents.device).expand_as(documents)
+                is_start = torch.diff(documents, prepend=documents[:, :1]) > 0
+                start = torch.where(is_start, time, -T).cummax(1).values  # before the first start: the past may be seen
+                lag_limit = (time - start).expand(B, -1)
+
+        if past_key_values is not None:
+            _check_cache(past_key_values, self.config, B)
+        elif use_cache and lag_limit is None:
+            past_key_values = DynamicCache(config=self.config)
+        masks, rotary = self._masks_and_rotary(inputs_embeds, attention_mask, position_ids, past_key_values, lag_limit)
+
+        hidden_states = inputs_embeds
+        if self.positions is not None:
+            hidden_states = self.positions(hidden_states, masks["constant_attention"], lag_limit, past_key_values)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, masks, lag_limit, rotary, past_key_values=past_key_values, **kwargs)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+    def _masks_and_rotary(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        lag_limit: Tensor | None,
+    ) -> tuple[dict[str, Tensor | None], tuple[Tensor, Tensor] | None]:
+        """What each kind of layer needs: constant layers a bool mask [B,T] or None, sliding layers their 4D mask and rotary positions."""
+        B, T, _ = inputs_embeds.shape
+        sliding = "sliding_attention" in self.config.layer_types
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if isinstance(attention_mask, dict):  # made by `generate`
+            masks = dict(attention_mask)
+        else:
+            if attention_mask is not None and (attention_mask.shape[0] != B or attention_mask.shape[-1] < T):
+                raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, the input has [{B},{T}] tokens")
+            if attention_mask is not None and attention_mask.dim() != 2:
+                raise ValueError(f"attention_mask must be [B,T] with 1 for real tokens; it has {attention_mask.dim()} axes")
+            arguments = {
+                "config": self.config,
+                "inputs_embeds": inputs_embeds,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+                "position_ids": position_ids,
+            }
+            masks = {"constant_attention": create_recurrent_attention_mask(**arguments)}
+            if sliding:
+                if lag_limit is not None and past_key_values is not None:
+                    raise ValueError("packed documents with sliding_attention layers cannot continue from a cache")
+                masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
+        key_mask = masks.get("constant_attention")
+        masks["constant_attention"] = None if key_mask is None else key_mask.bool()
+        if not sliding:
+            return masks, None
+        if position_ids is None:
+            position_ids = (torch.arange(T, device=inputs_embeds.device) + seen)[None]
+        return masks, self._rotary(position_ids, inputs_embeds.dtype)
+
+
+class ConstAttnForCausalLM(ConstAttnPreTrainedModel, GenerationMixin):
+    """The language model: next-token logits over the vocabulary, and `generate()` at constant cost per token."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: ConstAttnConfig):
+        super().__init__(config)
+        self.model = ConstAttnModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels: [B,T], the input ids themselves (they are shifted inside); −100 where no loss is wanted.
+            logits_to_keep: how many of the last tokens get logits; 0 for all.
+
+        The others are those of `ConstAttnModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+# What config.json tells `AutoModel*` to load as remote code.
+AUTO_MAP = {
+    "AutoConfig": "configuration_constattn.ConstAttnConfig",
+    "AutoModel": "modeling_constattn.ConstAttnModel",
+    "AutoModelForCausalLM": "modeling_constattn.ConstAttnForCausalLM",
+}
+
+__all__ = ["ConstAttnForCausalLM", "ConstAttnModel", "ConstAttnPreTrainedModel"]
