@@ -599,11 +599,12 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _run_backward(ctx, dy, dlse, dlog_Z, dmean):
-    f, log_Z0, mean0, y = (ctx.saved_tensors[i] for i in (3, 4, 5, 6))
+    saved = ctx.saved_tensors  # once: checkpointing refuses to unpack them again
+    f, log_Z0, mean0, y = saved[3:7]
     dy = torch.zeros_like(y) if dy is None else dy
     dlog_Z = torch.zeros_like(log_Z0) if dlog_Z is None else dlog_Z
     dmean = torch.zeros_like(mean0) if dmean is None else dmean
-    dq, dk, dv, df, dlog_Z0, dmean0 = _chunked_backward(*ctx.saved_tensors, dy, dlog_Z, dmean, ctx.chunk_size)
+    dq, dk, dv, df, dlog_Z0, dmean0 = _chunked_backward(*saved, dy, dlog_Z, dmean, ctx.chunk_size)
     return dq, dk, dv, None if f is None else df, dlog_Z0, dmean0, None
 
 

@@ -1,11 +1,13 @@
 """Configuration of the ConstAttn model family."""
 
+from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 MIXER_TYPES = ("constant_attention", "sliding_attention")
 BLOCK_TYPES = ("default", "heinsen")
 
 
+@strict
 class ConstAttnConfig(PreTrainedConfig):
     """What defines a ConstAttn model. The defaults are those of `configuration/models/125m`.
 

@@ -46,6 +46,11 @@ class ShortConvolution(nn.Module):
         """``lag_limit`` [B,T]: how far back each token may look, where documents are packed."""
         T, L = x.shape[1], self.weight.shape[1]
         past = None if cache is None else cache.tensors.get("conv")
+        if past is not None and past.shape[1:] != (L - 1, x.shape[2]):
+            raise ValueError(
+                f"past_key_values is of another model: its convolution inputs are {tuple(past.shape[1:])}, "
+                f"this model's {(L - 1, x.shape[2])}"
+            )
         x = F.pad(x, (0, 0, L - 1, 0)) if past is None else torch.cat([past.to(x.dtype), x], 1)  # [B,L−1+T,D]
         if cache is not None:
             cache.write("conv", x[:, T:])

@@ -1,0 +1,83 @@
+"""The configuration: what it refuses, what it writes, and every shipped model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from modeling_constattn import ConstAttnConfig
+
+MODELS = Path(__file__).resolve().parent.parent / "configuration/models"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 100, "num_attention_heads": 12}, "hidden_size=100 does not divide by num_attention_heads=12"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must be at least 1"),
+        ({"num_slots": 0}, "num_slots=0 must be at least 1"),
+        ({"conv_kernel_size": 0}, "conv_kernel_size=0 must be at least 1"),
+        ({"block_type": "mamba"}, "block_type='mamba' is unknown; use one of default, heinsen"),
+        ({"mixer_types": ["full_attention"] * 12}, "'full_attention'; known are constant_attention, sliding_attention"),
+        ({"mixer_types": ["constant_attention"]}, "names 1 layers, num_hidden_layers=12"),
+        ({"mixer_types": ["sliding_attention"] * 12}, "sliding_window=None must be at least 1"),
+        (
+            {"mixer_types": ["sliding_attention"] * 12, "sliding_window": 8, "head_dim": 63},
+            "head_dim=63 must be even",
+        ),
+        (
+            {"mixer_types": ["sliding_attention"] * 12, "sliding_window": 8, "block_type": "heinsen"},
+            "block_type='heinsen' has no sliding_attention",
+        ),
+        ({"forget_gate_bound": 1.0}, "forget_gate_bound=1.0 must be above 0 and at most 0.5"),
+        ({"vocab_size": "many"}, "vocab_size"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, dict) else "",
+)
+def test_refuses(fields, message):
+    with pytest.raises(Exception, match=message):  # the strict base class wraps errors in its own
+        ConstAttnConfig(**fields)
+
+
+def test_round_trip_through_the_bare_base_class(tmp_path):
+    """As `Trainer(resume_from_checkpoint=…)` does, whose check of layer types does not know constant attention."""
+    config = ConstAttnConfig(
+        num_hidden_layers=2, mixer_types=["constant_attention", "sliding_attention"], sliding_window=8, rope_theta=5000
+    )
+    config.save_pretrained(tmp_path)
+    PreTrainedConfig.from_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, ConstAttnConfig)
+    assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
+    assert loaded.layer_types == loaded.mixer_types == config.mixer_types
+    assert "layer_types" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("tiny", 1_000_000, 2_000_000),
+        ("125m", 120_000_000, 130_000_000),
+        ("350m", 340_000_000, 360_000_000),
+        ("1.3b", 1_250_000_000, 1_350_000_000),
+        ("heinsen-125m", 124_879_872, 124_879_872),
+    ],
+)
+def test_shipped_models(name, least, most):
+    config = AutoConfig.from_pretrained(MODELS / name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert least <= model.num_parameters() <= most
+
+
+def test_every_shipped_model_is_tested():
+    assert {path.name for path in MODELS.iterdir()} == {"tiny", "125m", "350m", "1.3b", "heinsen-125m"}
+
+
+def test_defaults_are_the_125m_model():
+    shipped = AutoConfig.from_pretrained(MODELS / "125m").to_dict()
+    for name, value in ConstAttnConfig().to_dict().items():
+        if name not in ("_name_or_path", "architectures", "transformers_version"):
+            assert shipped[name] == value, name

@@ -1,0 +1,412 @@
+"""The models: one text, many ways to read it, the same numbers; and at home in Transformers."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    PreTrainedTokenizerFast,
+    StaticCache,
+    TextIteratorStreamer,
+    pipeline,
+)
+
+from modeling_constattn import ConstAttnConfig, ConstAttnForCausalLM, ConstAttnModel
+from modeling_constattn.modeling_constattn import AUTO_MAP
+
+HYBRID = {"mixer_types": ["constant_attention", "sliding_attention"], "sliding_window": 8}
+FAMILY = {
+    "default": {},
+    "bare": {
+        "conv_kernel_size": 1,
+        "use_forget_gate": False,
+        "use_output_norm": False,
+        "use_output_gate": False,
+        "intermediate_size": 0,
+    },
+    "wide": {"num_slots": 24, "head_dim": 10},
+    "hybrid": HYBRID,
+    "window first": {"mixer_types": HYBRID["mixer_types"][::-1], "sliding_window": 8},
+    "heinsen": {"block_type": "heinsen"},
+}
+VOCAB = 97
+
+
+def make_model(kind: str, **fields) -> ConstAttnForCausalLM:
+    torch.manual_seed(0)
+    small = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = ConstAttnConfig(**(small | {"num_attention_heads": 4} | FAMILY[kind] | fields))
+    model = ConstAttnForCausalLM(config).eval()
+    for parameter in model.parameters():  # away from the small initial weights, where every path looks alike
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.fixture(scope="module", params=list(FAMILY))
+def model(request):
+    return make_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(0, VOCAB, (2, 90), generator=torch.Generator().manual_seed(0))
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(row) for row in rows)
+    padded = torch.stack([torch.cat([row.new_full((width - len(row),), 5), row]) for row in rows])
+    mask = torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()
+    return padded, mask
+
+
+# --------------------------------------------------------------------------------------- many ways to read the same text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [[70] + [1] * 20, [1] * 5 + [30, 55], [64, 26]], ids=["decode", "prefill", "chunks"])
+def test_pieces_are_the_whole(model, ids, pieces):
+    expected = model(ids).logits
+    cache, logits = None, []
+    for piece in ids.split(pieces, 1):
+        output = model(piece, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits.append(output.logits)
+    close(torch.cat(logits, 1), expected)
+    assert cache.get_seq_length() == 90
+
+
+@torch.no_grad()
+def test_padded_rows_are_each_row_alone(model, ids):
+    rows = [ids[0, :77], ids[1, :20]]
+    padded, mask = left_padded(rows)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    output = model(padded, attention_mask=mask, position_ids=positions, use_cache=True)
+    following = torch.full((2, 1), 7)
+    next_logits = model(following, past_key_values=output.past_key_values, position_ids=positions[:, -1:] + 1).logits
+    right = model(padded.flip(1), attention_mask=mask.flip(1)).logits
+    for i, row in enumerate(rows):
+        alone = model(torch.cat([row, following[i]])[None]).logits[0]
+        close(output.logits[i, -len(row) :], alone[:-1])
+        if "sliding_attention" not in model.config.layer_types:  # whose cache does not keep the mask: `generate` passes it
+            close(next_logits[i, 0], alone[-1])
+        close(right[i, : len(row)], model(row.flip(0)[None]).logits[0])
+
+
+def test_packed_documents_are_each_document_alone(model, ids):
+    """As TRL and `DataCollatorWithFlattening` send them; outputs and gradients."""
+    documents = [ids[0, :30], ids[0, 30:31], ids[0, 31:]]
+    features = [{"input_ids": document.tolist()} for document in documents]
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(features)
+    batch.pop("labels")
+    packed = model(**batch).logits[0]
+    alone = torch.cat([model(document[None]).logits[0] for document in documents])
+    close(packed, alone)
+    parameters = list(model.parameters())
+    for grad, expected in zip(
+        torch.autograd.grad(packed.square().sum(), parameters),
+        torch.autograd.grad(alone.square().sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_packed_without_positions_is_refused(ids):
+    with pytest.raises(ValueError, match="position_ids that restart"):
+        make_model("default")(ids, cu_seq_lens_q=torch.tensor([0, 40, 90]))
+
+
+@torch.no_grad()
+def test_packed_and_cache_do_not_mix(ids):
+    positions = torch.cat([torch.arange(40), torch.arange(50)])[None].expand(2, -1)
+    assert make_model("default")(ids, position_ids=positions, use_cache=True).past_key_values is None
+    model = make_model("hybrid")
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cannot continue from a cache"):
+        model(ids, position_ids=positions, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_eager_window_attention_is_sdpa(ids):
+    model = make_model("hybrid")
+    expected = model(ids).logits
+    model.set_attn_implementation("eager")
+    output = model(ids, output_attentions=True, output_hidden_states=True)
+    close(output.logits, expected)
+    assert len(output.hidden_states) == 3
+    assert output.attentions[0].shape == (2, 4, 90, 90)
+    far = torch.arange(90)[:, None] - torch.arange(90) >= 8
+    assert (output.attentions[0][..., far] == 0).all()
+
+
+@torch.no_grad()
+def test_logits_to_keep(model, ids):
+    expected = model(ids).logits
+    close(model(ids, logits_to_keep=1).logits, expected[:, -1:])
+    close(model(ids, logits_to_keep=torch.tensor([3, 50])).logits, expected[:, [3, 50]])
+
+
+# --------------------------------------------------------------------------------------------------------------- training
+
+
+def gradients(model, ids, **kwargs):
+    model.zero_grad()
+    model(ids, labels=ids, **kwargs).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_gradient_checkpointing_changes_nothing(model, ids):
+    expected = gradients(model, ids, use_cache=False)
+    model.train()
+    model.activation_checkpointing_enable()
+    try:
+        actual = gradients(model, ids, use_cache=False)
+    finally:
+        model.activation_checkpointing_disable()
+        model.eval()
+    for name, grad in actual.items():
+        close(grad, expected[name])
+
+
+def test_every_parameter_learns(model, ids):
+    for name, grad in gradients(model, ids).items():
+        assert grad.isfinite().all(), name
+        assert grad.abs().max() > 0, name
+
+
+def test_padding_reaches_no_gradient(model, ids):
+    padded, mask = left_padded([ids[0], ids[1, :40]])
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    for noise in (5, 6):
+        padded[1, :50] = noise
+        labels = padded.masked_fill(mask == 0, -100)
+        model.zero_grad()
+        model(padded, attention_mask=mask, position_ids=positions, labels=labels).loss.backward()
+        grad = model.model.layers[0].input_layernorm.weight.grad.clone()
+        expected = grad if noise == 5 else expected
+    assert grad.isfinite().all()
+    close(grad, expected)
+
+
+def test_bf16_autocast(model, ids):
+    expected = model(ids, labels=ids).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(ids, labels=ids, use_cache=True)
+    output.loss.backward()
+    assert abs(output.loss.item() - expected.item()) < 0.05 * expected.item()
+    cache = output.past_key_values.layers[model.config.layer_types.index("constant_attention")]
+    assert cache.log_Z.dtype == torch.float64
+    assert cache.state.mean.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_bf16_weights(model, ids):
+    half = make_model("default").to(torch.bfloat16)
+    expected = make_model("default")(ids).logits
+    assert (half(ids).logits.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+# --------------------------------------------------------------------------------------------------------------- generate
+
+GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"prefill_chunk_size": 7},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"num_beams": 3},
+        {"do_sample": True, "top_p": 0.9},
+    ],
+    ids=["greedy", "chunked prefill", "static cache", "beams", "sampling"],
+)
+def test_generate_equals_generate_without_cache(model, ids, how):
+    torch.manual_seed(0)
+    output = model.generate(ids[:, :30], **(GREEDY | how))
+    torch.manual_seed(0)
+    without = {key: value for key, value in how.items() if key in ("num_beams", "do_sample", "top_p")}
+    assert torch.equal(output, model.generate(ids[:, :30], **(GREEDY | without), use_cache=False))
+
+
+def test_generate_left_padded_batch(model, ids):
+    rows = [ids[0, :40], ids[1, :9]]
+    padded, mask = left_padded(rows)
+    output = model.generate(padded, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **GREEDY)
+    for i, row in enumerate(rows):
+        alone = model.generate(row[None], output_logits=True, return_dict_in_generate=True, **GREEDY)
+        assert torch.equal(output.sequences[i, 40:], alone.sequences[0, len(row) :])
+        close(torch.stack(output.logits)[:, i], torch.stack(alone.logits)[:, 0])
+
+
+def test_generate_from_embeddings(model, ids):
+    embeddings = model.get_input_embeddings()(ids[:, :12])
+    expected = model.generate(ids[:, :12], **GREEDY)[:, 12:]
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **GREEDY), expected)
+
+
+def test_generate_continues_from_a_returned_cache(model, ids):
+    first = model.generate(ids[:, :12], return_dict_in_generate=True, **GREEDY)
+    text = torch.cat([first.sequences, ids[:, 12:20]], 1)
+    expected = model.generate(text, **GREEDY)
+    assert torch.equal(model.generate(text, past_key_values=first.past_key_values, **GREEDY), expected)
+
+
+def test_decode_step_compiles_once(ids):
+    """One full graph, which neither the context's length nor a new prompt makes compile again."""
+    model = make_model("default", num_hidden_layers=1)
+    torch._dynamo.reset()
+    expected = [model.generate(ids[:, :n], **GREEDY) for n in (4, 33)]
+    counter = CompileCounterWithBackend("inductor")
+    step = torch.compile(model.forward, backend=counter, fullgraph=True)
+
+    for n, sequence in zip((4, 33), expected, strict=True):
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        with torch.no_grad():
+            logits = model(ids[:, :n], past_key_values=cache, use_cache=True).logits
+            tokens = [logits[:, -1:].argmax(-1)]
+            for _ in range(19):
+                tokens.append(step(tokens[-1], past_key_values=cache, use_cache=True).logits.argmax(-1))
+        assert torch.equal(torch.cat(tokens, 1), sequence[:, n:])
+    assert counter.frame_count == 1
+
+
+def test_training_compiles_without_a_graph_break(ids):
+    model = make_model("default", num_hidden_layers=1)
+    expected = gradients(model, ids, use_cache=False)
+    torch._dynamo.reset()
+    model.zero_grad()
+    torch.compile(model.forward, fullgraph=True)(ids, labels=ids, use_cache=False).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCAB - 1]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*alphabet, "<eos>"])}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+def test_streaming_and_pipeline(tokenizer):
+    model = make_model("default")
+    inputs = tokenizer("Hello", return_tensors="pt", return_token_type_ids=False)
+    expected = tokenizer.decode(model.generate(**inputs, **GREEDY)[0, inputs.input_ids.shape[1] :])
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    model.generate(**inputs, **GREEDY, streamer=streamer)
+    assert "".join(streamer) == expected
+    generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    output = generate("Hello", max_new_tokens=20, do_sample=False, return_full_text=False)
+    assert output[0]["generated_text"] == tokenizer.decode(
+        model.generate(**inputs, **GREEDY)[0, inputs.input_ids.shape[1] :], skip_special_tokens=True
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- saving and loading
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"], ids=["one file", "sharded"])
+def test_save_and_load(model, ids, tmp_path, max_shard_size):
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert len(list(tmp_path.glob("*.safetensors"))) == (1 if max_shard_size == "5GB" else pytest.approx(6, abs=5))
+    for auto_class, expected in (
+        (AutoModelForCausalLM, model(ids).logits),
+        (AutoModel, model.model(ids).last_hidden_state),
+    ):
+        loaded, info = auto_class.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["mismatched_keys"]
+        close(loaded(ids)[0], expected)
+    assert isinstance(loaded, ConstAttnModel)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["auto_map"] == AUTO_MAP
+    assert AutoConfig.from_pretrained(tmp_path).auto_map == AUTO_MAP
+
+
+def test_remote_code_needs_no_package(model, ids, tmp_path):
+    """In a process that cannot import the package: load, generate, save again, load again."""
+    folder, again = tmp_path / "first", tmp_path / "again"
+    model.save_pretrained(folder)
+    expected = model.generate(ids[:, :10], **GREEDY)
+    script = f"""
+        import importlib.util, torch
+        from transformers import AutoModel, AutoModelForCausalLM
+        assert importlib.util.find_spec("modeling_constattn") is None
+        model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
+        model.save_pretrained({str(again)!r})
+        AutoModel.from_pretrained({str(again)!r}, trust_remote_code=True)
+        model = AutoModelForCausalLM.from_pretrained({str(again)!r}, trust_remote_code=True)
+        ids = torch.tensor({ids[:, :10].tolist()})
+        print(model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0).tolist())
+        """
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment.pop("PYTHONPATH", None)
+    site = tmp_path / "site"  # the installed packages, without a link to this one
+    site.mkdir()
+    for path in sys.path:
+        if path.endswith("site-packages"):
+            for entry in os.scandir(path):
+                if "constattn" not in entry.name.lower() and not entry.name.endswith(".pth"):
+                    (site / entry.name).symlink_to(entry.path)
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", textwrap.dedent(script)],
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == expected.tolist()
+    assert json.loads((again / "config.json").read_text())["auto_map"] == AUTO_MAP
+
+
+def test_damaged_checkpoint_is_refused(tmp_path):
+    make_model("default").save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(Exception, match="(?i)incomplete|invalid|corrupt"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    shutil.rmtree(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "exactly one of input_ids and inputs_embeds"),
+        ({"input_ids": torch.zeros(1, 2, dtype=torch.long), "inputs_embeds": torch.zeros(1, 2, 32)}, "exactly one"),
+        (
+            {"input_ids": torch.zeros(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 4)},
+            r"attention_mask is \(2, 4\), the input has \[2,5\]",
+        ),
+        (
+            {"input_ids": torch.zeros(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 1, 5, 5)},
+            "it has 4 axes",
+        ),
+    ],
+    ids=["nothing", "both", "short mask", "4D mask"],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_model("default")(**arguments)
