@@ -44,7 +44,8 @@ as the first token of its piece, where it empties the carried state.
 Gradients
 ---------
 With p_td = exp(q_t − R_t + ref − lse_t)_d, w_jd = exp(k_j + R_j − ref)_d, δ_t = dy_t · y_t and g_tj = dy_t·v_j − δ_t, all that is
-later than a point of time acts on it through the gradient of the state there, (dmean [K,V], dlog_Z [K]), a reversed state:
+later than a point of time acts on it through the gradient of the state there, (dmean [K,V], dlog_Z [K]), a reversed state (a
+gradient of lse_t itself, which the bidirectional form needs, only lessens δ_t by it):
 
     dv_j = Σ_{t≥j} (p_t·w_j) dy_t + w_j dmean           dk_j = w_j ∘ ( Σ_{t≥j} p_t g_tj + dmean (v_j − mean_end) + dlog_Z )
     x_t  = p_t ∘ carry ∘ (mean_start dy_t − δ_t)        dq_t = p_t ∘ Σ_{j≤t} w_j g_tj + x_t
@@ -184,24 +185,30 @@ def quadratic_attention(
     _check_inputs(query, key, value, None, log_decay, key_mask, is_causal)
     B, H, T, K = query.shape
     device = query.device
-    visible = torch.ones(T, T, dtype=torch.bool, device=device).tril() if is_causal else None
-    decay_sum = resets = None
+    past = torch.ones(T, T, dtype=torch.bool, device=device).tril()  # [T,T], j ≤ t
     if log_decay is not None:
         if key_mask is not None:
             log_decay = log_decay.masked_fill(~key_mask[:, None, :, None], 0.0)
-        resets = (log_decay == _NEG_INF).cumsum(-2)  # [B,H,T,·] how often a slot was emptied up to t
-        decay_sum = log_decay.masked_fill(log_decay == _NEG_INF, 0.0).cumsum(-2)
+        is_reset = log_decay == _NEG_INF
+        finite_decay = log_decay.masked_fill(is_reset, 0.0)
+        decay_sum, resets = finite_decay.cumsum(2), is_reset.cumsum(2)  # up to and with t; how often slots were emptied
     rows = max(1, 2**24 // max(1, B * H * T * K))  # the [rows,T,K] block of exponents stays below 16M numbers
     outputs = []
     for start in range(0, T, rows):
         t = slice(start, min(start + rows, T))
         exponents = query[:, :, t, None, :] + key[:, :, None, :, :]  # [B,H,rows,T,K]
-        if decay_sum is not None and resets is not None:
-            exponents = exponents + (decay_sum[:, :, t, None] - decay_sum[:, :, None])
-            exponents = exponents.masked_fill(resets[:, :, t, None] != resets[:, :, None], _NEG_INF)
+        if log_decay is not None:  # Σ_{j<i≤t} f_i; seen from the right, Σ_{t≤i<j} f_i
+            after = decay_sum[:, :, t, None] - decay_sum[:, :, None]
+            cut = resets[:, :, t, None] != resets[:, :, None]
+            if not is_causal:
+                before, resets_before = decay_sum - finite_decay, resets - is_reset.long()
+                is_past = past[t, :, None]
+                after = torch.where(is_past, after, before[:, :, None] - before[:, :, t, None])
+                cut = torch.where(is_past, cut, resets_before[:, :, t, None] != resets_before[:, :, None])
+            exponents = (exponents + after).masked_fill(cut, _NEG_INF)
         seen = (exponents > _NEG_INF).any(-1)  # [B,H,rows,T]
-        if visible is not None:
-            seen = seen & visible[t]
+        if is_causal:
+            seen = seen & past[t]
         if key_mask is not None:
             seen = seen & key_mask[:, None, None, :]
         scores = exponents.masked_fill(~seen[..., None], 0.0).logsumexp(-1)  # log( exp(q)·exp(k) )          [B,H,rows,T]
@@ -269,9 +276,10 @@ def constant_attention(
         value: [B,H,T,V], any sign.
         state: what was seen before these tokens; None for nothing.
         log_decay: [B,H,T,K], or [B,H,T,1] for one per head; ≤ 0: log of what a slot keeps of its past when token t arrives.
-            −inf empties the slot before the token, as at a document's start. Causal only.
+            −inf empties the slot before the token, as at a document's start. Not causal: a token is also seen from its left, less by
+            what the tokens from the reader up to it decay.
         key_mask: [B,T] bool, True for a real token. A masked token neither adds nor decays.
-        is_causal: each token sees itself and the past; else every token sees all of them.
+        is_causal: each token sees itself and the past; else every token sees all of them, and the state given.
         chunk_size: tokens of one block of matrix products; changes speed, not results. Default 64.
         backend: "auto" or "torch".
 
@@ -305,17 +313,20 @@ def constant_attention(
         f = None if f is None else f.masked_fill(masked, 0.0)
 
     with torch.autocast(query.device.type, enabled=False):
-        if not is_causal:
+        if not is_causal and f is None:
             output, state = _attend_totals(q, k, v, state)
-        elif T == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *state))):
+        elif T == 1 and is_causal and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *state))):
             output, state = _attend_step(q, k, v, f, state)
         else:
             log_Z0 = state.log_Z.to(_log_dtype(q.device)).reshape(B * H, K)
             mean0 = state.mean.to(compute_dtype).reshape(B * H, K, V)
             q, k, v = (x.reshape(B * H, T, -1) for x in (q, k, v))
             f = None if f is None else f.reshape(B * H, T, -1)
-            output, _, log_Z, mean = _chunked(q, k, v, f, log_Z0, mean0, chunk_size or _CHUNK_SIZE)
-            output = output.view(B, H, T, V)
+            chunk_size = chunk_size or _CHUNK_SIZE
+            y, lse, log_Z, mean = _chunked(q, k, v, f, log_Z0, mean0, chunk_size)
+            if not is_causal and f is not None:
+                y = _join(y, lse, *_attend_later(q, k, v, f, chunk_size))
+            output = y.view(B, H, T, V)
             state = ConstAttnState(log_Z.view(B, H, K), mean.view(B, H, K, V))
     return output.to(value.dtype), state
 
@@ -347,6 +358,33 @@ def _attend_totals(q: Tensor, k: Tensor, v: Tensor, state: ConstAttnState) -> tu
     mean = weights.transpose(2, 3) @ v / total.masked_fill(empty, 1.0)[..., None]
     state = state.merge(ConstAttnState(log_Z, mean))
     return _read(q, state), state
+
+
+def _attend_later(q: Tensor, k: Tensor, v: Tensor, f: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """What each token reads of the tokens after it alone: y [M,T,V] and lse [M,T].
+
+    From right to left, token t reads S_t = exp(f_t) ∘ (S_{t+1} + exp(k_{t+1}) v_{t+1}ᵀ) with q_t: the causal form on the reversed
+    sequence moved by one, read with q_t + f_t (in float64, so that nothing is rounded but once).
+    """
+
+    def from_right(x: Tensor, first: float) -> Tensor:
+        return torch.nn.functional.pad(x.flip(1)[:, :-1], (0, 0, 1, 0), value=first)
+
+    q = q.to(_log_dtype(q.device)) + f
+    log_Z0 = torch.full_like(k[:, 0], _NEG_INF, dtype=q.dtype)
+    mean0 = torch.zeros(*k[:, 0].shape, v.shape[-1], dtype=v.dtype, device=v.device)
+    y, lse, _, _ = _chunked(
+        q.flip(1), from_right(k, _NEG_INF), from_right(v, 0.0), from_right(f, 0.0), log_Z0, mean0, chunk_size
+    )
+    return y.flip(1), lse.flip(1)
+
+
+def _join(y_a: Tensor, lse_a: Tensor, y_b: Tensor, lse_b: Tensor) -> Tensor:
+    """One softmax over two disjoint sets of tokens from the reads of each: [M,T,V], [M,T] twice → [M,T,V]."""
+    empty_a, empty_b = lse_a.isinf(), lse_b.isinf()  # then y is 0, and the other one stands
+    share = (lse_b.masked_fill(empty_b, 0.0) - lse_a.masked_fill(empty_a, 0.0)).sigmoid()
+    share = share.masked_fill(empty_a, 1.0).masked_fill(empty_b, 0.0).to(y_a.dtype)
+    return torch.lerp(y_a, y_b, share[..., None])
 
 
 # --------------------------------------------------------------------------------------------- chunks: states, forward, backward
@@ -439,6 +477,7 @@ def _steep_chunks(k: Tensor, f: Tensor | None, rest: Tensor | None, log_Z: Tenso
     empty = first == _NEG_INF
     if rest is not None:
         first = first + rest[:, :, 0]
+        empty = empty & (rest[:, :, 0] > _NEG_INF)  # a slot emptied later in the chunk stays steep: exp(−R) would be infinite
     if bool(empty.any()):  # nothing seen yet and a masked token first: measure from the smallest later weight, an upper bound
         lowest = (k if rest is None else k + rest).masked_fill(k == _NEG_INF, float("inf")).amin(2)
         first = torch.where(empty, lowest.to(first.dtype), first)
@@ -457,7 +496,7 @@ def _forward(
     M, T, V = v.shape
     c = _scan_chunks(q, k, v, f, log_Z0, mean0, chunk_size)
     exponents = c.q + c.ref if c.rest is None else c.q - c.rest + c.ref
-    r = exponents.amax(-1, keepdim=True)  # [M,N,C,1]
+    r = _finite(exponents.amax(-1, keepdim=True))  # [M,N,C,1]; a query of −inf reads nothing
     p = _exp_difference(exponents, r, v.dtype)
     A = torch.matmul(p, c.w.transpose(2, 3)).tril_()  # [M,N,C,C]
     numerator = torch.matmul(A, c.v) + torch.matmul(p, c.carry[..., None] * c.mean[:, :-1])
@@ -484,6 +523,7 @@ def _backward(
     lse: Tensor,
     y: Tensor,
     dy: Tensor,
+    dlse: Tensor,
     dlog_Z_end: Tensor,
     dmean_end: Tensor,
     chunk_size: int,
@@ -493,7 +533,8 @@ def _backward(
     c = _scan_chunks(q, k, v, f, log_Z0, mean0, chunk_size)
     M, N, C, K = c.k.shape
     start, end = slice(None, -1), slice(1, None)  # of the states at chunk boundaries
-    y, dy, lse = _chunks(y, N, C), _chunks(dy, N, C), _chunks(lse[..., None], N, C, float("inf"))
+    y, dy, dlse = _chunks(y, N, C), _chunks(dy, N, C), _chunks(dlse[..., None], N, C)
+    lse = _chunks(lse[..., None], N, C, float("inf"))
     exponents = c.q + c.ref if c.rest is None else c.q - c.rest + c.ref
     p = _exp_difference(exponents, lse, v.dtype)  # ≤ exp(growth)                                                  [M,N,C,K]
     p_start = p * c.carry.unsqueeze(2)  # the weights of the state at the start
@@ -513,6 +554,7 @@ def _backward(
         )
         p_start.flatten(0, 1)[c.steep] = _exp_difference(_pick(c.q + prefix, c), _pick(lse, c), v.dtype)
         delta.flatten(0, 1)[c.steep] = (_pick(dy, c) * _pick(y, c)).sum(-1, keepdim=True).to(v.dtype)
+    delta = delta - dlse.to(v.dtype)
     g = g.sub_(delta).tril_()
     x = g_start.sub_(delta).mul_(p_start)
 
@@ -538,7 +580,7 @@ def _backward(
         if c.f.shape[-1] == 1:
             df = df.sum(-1, keepdim=True)
     if c.steep.numel():
-        inputs = (c.q, c.k, c.v, c.f, c.log_Z[:, start], c.mean[:, start], lse.squeeze(-1), y, dy, dlog_Z[:, end], dmean[:, end])
+        inputs = (c.q, c.k, c.v, c.f, c.log_Z[:, start], c.mean[:, start], lse.squeeze(-1), y, dy, dlse.squeeze(-1), dlog_Z[:, end], dmean[:, end])
         parts = _backward(*(_pick(tensor, c) for tensor in inputs), -(-C // 2))
         for whole, part in zip((dq, dk, dv, df), parts):
             if whole is not None:
@@ -577,17 +619,18 @@ def _chunked_backward(
     y: Tensor,
     lse: Tensor,
     dy: Tensor,
+    dlse: Tensor,
     dlog_Z: Tensor,
     dmean: Tensor,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, df, dlog_Z0, dmean0 = _backward(q, k, v, f, log_Z0, mean0, lse, y, dy, dlog_Z, dmean, chunk_size)
+    dq, dk, dv, df, dlog_Z0, dmean0 = _backward(q, k, v, f, log_Z0, mean0, lse, y, dy, dlse, dlog_Z, dmean, chunk_size)
     df = q.new_empty(0) if df is None else df.contiguous()
-    return dq.contiguous(), dk.contiguous(), dv.contiguous(), df, dlog_Z0.to(log_Z0.dtype, copy=True), dmean0.clone()
+    return dq.to(q.dtype).contiguous(), dk.contiguous(), dv.contiguous(), df, dlog_Z0.to(log_Z0.dtype, copy=True), dmean0.clone()
 
 
 @_chunked_backward.register_fake
-def _(q, k, v, f, log_Z0, mean0, y, lse, dy, dlog_Z, dmean, chunk_size):
+def _(q, k, v, f, log_Z0, mean0, y, lse, dy, dlse, dlog_Z, dmean, chunk_size):
     df = q.new_empty(0) if f is None else f.new_empty(f.shape)
     return tuple(x.new_empty(x.shape) for x in (q, k, v)) + (df, log_Z0.new_empty(log_Z0.shape), mean0.new_empty(mean0.shape))
 
@@ -600,11 +643,12 @@ def _save_for_backward(ctx, inputs, output):
 
 def _run_backward(ctx, dy, dlse, dlog_Z, dmean):
     saved = ctx.saved_tensors  # once: checkpointing refuses to unpack them again
-    f, log_Z0, mean0, y = saved[3:7]
+    f, log_Z0, mean0, y, lse = saved[3:]
     dy = torch.zeros_like(y) if dy is None else dy
+    dlse = torch.zeros_like(lse) if dlse is None else dlse
     dlog_Z = torch.zeros_like(log_Z0) if dlog_Z is None else dlog_Z
     dmean = torch.zeros_like(mean0) if dmean is None else dmean
-    dq, dk, dv, df, dlog_Z0, dmean0 = _chunked_backward(*saved, dy, dlog_Z, dmean, ctx.chunk_size)
+    dq, dk, dv, df, dlog_Z0, dmean0 = _chunked_backward(*saved, dy, dlse, dlog_Z, dmean, ctx.chunk_size)
     return dq, dk, dv, None if f is None else df, dlog_Z0, dmean0, None
 
 
@@ -641,8 +685,6 @@ def _check_inputs(
     if log_decay is not None:
         if log_decay.dim() != 4 or log_decay.shape[:3] != (B, H, T) or log_decay.shape[3] not in (1, K):
             raise ValueError(f"log_decay must be [{B},{H},{T},{K}] or [{B},{H},{T},1]; it is {tuple(log_decay.shape)}")
-        if not is_causal:
-            raise ValueError("log_decay has no meaning with is_causal=False: every token reads the same totals")
     if key_mask is not None:
         if key_mask.dtype != torch.bool:
             raise TypeError(f"key_mask must be bool, True for a real token; it is {key_mask.dtype}")
@@ -650,6 +692,8 @@ def _check_inputs(
             raise ValueError(f"key_mask must be [B,T] = [{B},{T}]; it is {tuple(key_mask.shape)}")
     if state is not None:
         V = value.shape[-1]
+        if log_decay is not None and not is_causal:
+            raise ValueError("a state cannot be given with log_decay and is_causal=False: it has no place among the tokens")
         if state.log_Z.shape != (B, H, K) or state.mean.shape != (B, H, K, V):
             raise ValueError(
                 f"state must hold log_Z [{B},{H},{K}] and mean [{B},{H},{K},{V}]; "

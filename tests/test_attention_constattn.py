@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from modeling_constattn import ConstAttnState, constant_attention, quadratic_attention, scan_attention
-from modeling_constattn.attention_constattn import log_linear_recurrence
+from modeling_constattn.attention_constattn import _scan_chunks, log_linear_recurrence
 
 OUTPUT_ERROR, GRADIENT_ERROR = 2e-6, 1e-5  # relative to the largest entry, of float32 against the float64 definition
 LENGTHS = (1, 2, 63, 64, 65, 257)
@@ -173,12 +173,27 @@ def test_bidirectional(T, masked, scale):
     check_against_definition(make_inputs(T, scale, masked=masked), is_causal=False)
 
 
-def test_float64_is_exact_to_float64():
+@pytest.mark.parametrize("scale", [1, 20, 1000])
+@pytest.mark.parametrize("decay", ["slot", "head", "strong", "documents"])
+@pytest.mark.parametrize("T", LENGTHS)
+def test_bidirectional_forgetting(T, decay, scale):
+    check_against_definition(make_inputs(T, scale, decay=decay, masked=T > 63), is_causal=False)
+
+
+def test_bidirectional_without_decay_is_with_decay_of_zero():
+    query, key, value, *_ = make_inputs(70)
+    expected, _ = constant_attention(query, key, value, is_causal=False)
+    output, _ = constant_attention(query, key, value, log_decay=torch.zeros_like(key), is_causal=False)
+    torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+def test_float64_is_exact_to_float64(is_causal):
     """The equations themselves: no rounding of float32 to hide behind."""
     inputs = make_inputs(257, 5, decay="documents", masked=True, growth=1)
     tensors = leaves(inputs, torch.float64)
-    expected = quadratic_attention(*tensors[:3], **options(inputs, tensors))
-    output, _ = constant_attention(*tensors[:3], **options(inputs, tensors))
+    expected = quadratic_attention(*tensors[:3], **options(inputs, tensors), is_causal=is_causal)
+    output, _ = constant_attention(*tensors[:3], **options(inputs, tensors), is_causal=is_causal)
     direction = torch.randn_like(expected)
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
     for grad, other in zip(
@@ -222,6 +237,14 @@ def test_masked_rows_give_zero_and_no_nan():
     assert (output[1] == 0).all() and (output[0, :, : 70 // 2] == 0).all()
     assert (state.log_Z[1] == -torch.inf).all() and (state.mean[1] == 0).all()
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(output.sum(), tensors))
+
+
+def test_document_start_behind_padding():
+    """Rows before the first document see nothing, and its start, a decay of −inf, must not make them NaN."""
+    query, key, value, log_decay, _ = make_inputs(70, decay="slot")
+    log_decay[:, :, 20] = -torch.inf
+    key_mask = torch.arange(70).expand(2, -1) >= 20
+    check_against_definition(Inputs(query, key, value, log_decay, key_mask))
 
 
 def test_largest_finite_inputs():
@@ -286,6 +309,15 @@ def test_state_as_logs():
     assert signed.nbytes == 2 * 2 * 16 * 8 + 2 * 2 * 16 * 24 * 8
 
 
+def test_masked_start_is_not_cut_up():
+    """A left-padded batch must not fall back to single tokens: nothing grows where nothing has been seen."""
+    key, value = torch.randn(1, 256, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 256, 4)
+    key[:, :100] = -torch.inf
+    log_Z0, mean0 = torch.full((1, 4), -torch.inf, dtype=torch.float64), torch.zeros(1, 4, 4)
+    assert not _scan_chunks(value, key, value, None, log_Z0, mean0, 64).steep.numel()
+    assert _scan_chunks(value, key * 1000, value, None, log_Z0, mean0, 64).steep.numel()
+
+
 def test_state_after_ten_million_tokens():
     """Streamed in pieces of 65,536 tokens; the error after a hundred such pieces is that of every hundred after them."""
     torch.manual_seed(0)
@@ -334,7 +366,15 @@ def good():
         ({"key": torch.zeros(1, 2, 3, 4, dtype=torch.long)}, TypeError, "key must be of a floating dtype"),
         ({"value": torch.zeros(1, 2, 3, 5).double()}, TypeError, "must share a dtype"),
         ({"log_decay": torch.zeros(1, 2, 3, 2)}, ValueError, r"log_decay must be \[1,2,3,4\] or \[1,2,3,1\]"),
-        ({"log_decay": torch.zeros(1, 2, 3, 4), "is_causal": False}, ValueError, "no meaning with is_causal=False"),
+        (
+            {
+                "log_decay": torch.zeros(1, 2, 3, 4),
+                "is_causal": False,
+                "state": ConstAttnState.empty(1, 2, 4, 5, torch.float32, "cpu"),
+            },
+            ValueError,
+            "a state cannot be given with log_decay and is_causal=False",
+        ),
         ({"key_mask": torch.ones(1, 3)}, TypeError, "key_mask must be bool"),
         ({"key_mask": torch.ones(1, 4, dtype=torch.bool)}, ValueError, r"\[B,T\] = \[1,3\]; it is \(1, 4\)"),
         ({"state": ConstAttnState.empty(1, 2, 4, 6, torch.float32, "cpu")}, ValueError, r"mean \[1,2,4,5\]"),
