@@ -25,12 +25,17 @@ class ConstAttnConfig(PreTrainedConfig):
             remember more; the state has num_attention_heads · num_slots · (head_dim + 2) float32 numbers a layer.
         block_type: "default" or "heinsen", the model of arXiv 2404.05843, whose blocks have none of the fields below but
             num_attention_heads, head_dim and num_slots.
+        is_causal: each token sees itself and the past, and the model can generate; else every token sees all of them, as masked
+            language models and encoders do.
         mixer_types: one of "constant_attention" and "sliding_attention" (softmax attention over the last `sliding_window` tokens,
             with rotary positions) per layer; None: constant attention everywhere.
-        sliding_window: tokens that a sliding_attention layer sees, itself included; needed where there is one.
+        sliding_window: tokens that a sliding_attention layer sees, itself included; needed where there is one. Not causal: as many
+            on either side, the token itself included in both.
         rope_theta: base of the rotary positions of sliding_attention layers.
-        conv_kernel_size: tokens that the short causal convolution on query, key and value sees, itself included; 1 leaves it out.
-        use_forget_gate: whether slots forget, each at its own, data-dependent rate.
+        conv_kernel_size: tokens that the short convolution on query, key and value sees, the token itself included; 1 leaves it
+            out. Not causal: odd, as many on either side. None: 4, or 5 where not causal.
+        use_forget_gate: whether slots forget, each at its own, data-dependent rate. Not causal: distant tokens on both sides weigh
+            less; without it, every token reads the same totals, which do not see the order of tokens.
         forget_gate_bound: the most that a slot's log weight may lose per token; its log decay is in (−forget_gate_bound, 0). At
             most 0.5, so that a chunk of 64 tokens stays within the growth that the fast path takes.
         use_output_norm: RMSNorm over the features of each head's output.
@@ -53,10 +58,11 @@ class ConstAttnConfig(PreTrainedConfig):
     head_dim: int | None = None
     num_slots: int | None = None
     block_type: str = "default"
+    is_causal: bool = True
     mixer_types: list[str] | None = None
     sliding_window: int | None = None
     rope_theta: float | int = 10000.0
-    conv_kernel_size: int = 4
+    conv_kernel_size: int | None = None
     use_forget_gate: bool = True
     forget_gate_bound: float | int = 0.5
     use_output_norm: bool = True
@@ -82,9 +88,19 @@ class ConstAttnConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_slots is None:
             self.num_slots = self.head_dim
+        if self.conv_kernel_size is None:
+            self.conv_kernel_size = 4 if self.is_causal else 5
         if self.mixer_types is None:
             self.mixer_types = ["constant_attention"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in Transformers; weights trained to look one way are not turned to look the other by an argument."""
+        is_causal, trained = kwargs.get("is_causal"), config_dict.get("is_causal", True)
+        if is_causal is not None and is_causal != trained:
+            raise ValueError(f"the checkpoint has is_causal={trained}; is_causal={is_causal} contradicts it")
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def layer_types(self) -> list[str]:
@@ -121,6 +137,12 @@ class ConstAttnConfig(PreTrainedConfig):
         for name, least in (("head_dim", 1), ("num_slots", 1), ("conv_kernel_size", 1), ("intermediate_size", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if not self.is_causal and self.block_type == "heinsen":
+            raise ValueError("block_type='heinsen' has causal positions; use block_type='default' with is_causal=False")
+        if not self.is_causal and self.conv_kernel_size is not None and self.conv_kernel_size % 2 == 0:
+            raise ValueError(
+                f"conv_kernel_size={self.conv_kernel_size} must be odd with is_causal=False, as many tokens on either side"
+            )
         if not 0 < self.forget_gate_bound <= 0.5:
             raise ValueError(f"forget_gate_bound={self.forget_gate_bound} must be above 0 and at most 0.5")
 

@@ -10,12 +10,20 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import (
+    create_bidirectional_sliding_window_mask,
     create_recurrent_attention_mask,
     create_sliding_window_causal_mask,
     find_packed_sequence_indices,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -36,10 +44,12 @@ def _cache_layer(past_key_values: Cache | None, layer_idx: int) -> ConstAttnCach
 
 
 class ShortConvolution(nn.Module):
-    """Causal depthwise convolution over the last L tokens, [B,T,D] → [B,T,D], the last L−1 inputs kept in the cache."""
+    """Depthwise convolution over L tokens, [B,T,D] → [B,T,D]: the last L, the last L−1 inputs kept in the cache; or, not
+    causal, as many on either side."""
 
-    def __init__(self, channels: int, kernel_size: int):
+    def __init__(self, channels: int, kernel_size: int, is_causal: bool):
         super().__init__()
+        self.ahead = 0 if is_causal else kernel_size // 2  # tokens to the right that are seen
         self.weight = nn.Parameter(torch.empty(channels, kernel_size))
 
     def forward(self, x: Tensor, lag_limit: Tensor | None, cache: ConstAttnCacheLayer | None) -> Tensor:
@@ -51,7 +61,8 @@ class ShortConvolution(nn.Module):
                 f"past_key_values is of another model: its convolution inputs are {tuple(past.shape[1:])}, "
                 f"this model's {(L - 1, x.shape[2])}"
             )
-        x = F.pad(x, (0, 0, L - 1, 0)) if past is None else torch.cat([past.to(x.dtype), x], 1)  # [B,L−1+T,D]
+        before = x.new_zeros(x.shape[0], L - 1 - self.ahead, x.shape[2]) if past is None else past.to(x.dtype)
+        x = F.pad(torch.cat([before, x], 1), (0, 0, 0, self.ahead))  # [B,L−1+T,D]
         if cache is not None:
             cache.write("conv", x[:, T:])
         y = x[:, L - 1 :] * self.weight[:, L - 1]
@@ -68,7 +79,7 @@ class ConstantAttention(nn.Module):
 
     def __init__(self, config: ConstAttnConfig, layer_idx: int):
         super().__init__()
-        self.layer_idx = layer_idx
+        self.layer_idx, self.is_causal = layer_idx, config.is_causal
         self.num_slots, self.head_dim = config.num_slots, config.head_dim
         self.forget_gate_bound = config.forget_gate_bound
         heads, hidden = config.num_attention_heads, config.hidden_size
@@ -79,7 +90,8 @@ class ConstantAttention(nn.Module):
         self.g_proj = nn.Linear(hidden, heads * self.head_dim, bias=False) if config.use_output_gate else None
         self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=False)
         channels = heads * (2 * self.num_slots + self.head_dim)
-        self.conv = ShortConvolution(channels, config.conv_kernel_size) if config.conv_kernel_size > 1 else None
+        has_conv = config.conv_kernel_size > 1
+        self.conv = ShortConvolution(channels, config.conv_kernel_size, config.is_causal) if has_conv else None
         self.norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_output_norm else None
 
     def forward(
@@ -112,7 +124,9 @@ class ConstantAttention(nn.Module):
             log_decay = log_decay.masked_fill((lag_limit == 0)[:, None, :, None], float("-inf"))
 
         state = None if cache is None else cache.state
-        output, state = constant_attention(query, key, value, state, log_decay=log_decay, key_mask=key_mask)
+        output, state = constant_attention(
+            query, key, value, state, log_decay=log_decay, key_mask=key_mask, is_causal=self.is_causal
+        )
         if cache is not None:
             cache.write("log_Z", state.log_Z)
             cache.write("mean", state.mean)
@@ -144,14 +158,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class SlidingAttention(nn.Module):
-    """Softmax attention with rotary positions over the last `sliding_window` tokens."""
+    """Softmax attention with rotary positions over the last `sliding_window` tokens; not causal: over as many on either side."""
 
-    is_causal = True
     num_key_value_groups = 1
 
     def __init__(self, config: ConstAttnConfig, layer_idx: int):
         super().__init__()
-        self.config, self.layer_idx = config, layer_idx
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, config.is_causal
         self.head_dim = config.head_dim
         width = config.num_attention_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
@@ -448,6 +461,12 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
                 start = torch.where(is_start, time, -T).cummax(1).values  # before the first start: the past may be seen
                 lag_limit = (time - start).expand(B, -1)
 
+        if not self.config.is_causal:
+            if past_key_values is not None:
+                raise ValueError("past_key_values needs a causal model; this one has is_causal=False and reads whole texts")
+            if lag_limit is not None:
+                raise ValueError("packed documents need a causal model; with is_causal=False, pad them to one row each")
+            use_cache = False
         if past_key_values is not None:
             _check_cache(past_key_values, self.config, B)
         elif use_cache and lag_limit is None:
@@ -493,7 +512,8 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
             if sliding:
                 if lag_limit is not None and past_key_values is not None:
                     raise ValueError("packed documents with sliding_attention layers cannot continue from a cache")
-                masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
+                make = create_sliding_window_causal_mask if self.config.is_causal else create_bidirectional_sliding_window_mask
+                masks["sliding_attention"] = make(**arguments)
         key_mask = masks.get("constant_attention")
         masks["constant_attention"] = None if key_mask is None else key_mask.bool()
         if not sliding:
@@ -510,6 +530,8 @@ class ConstAttnForCausalLM(ConstAttnPreTrainedModel, GenerationMixin):
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: ConstAttnConfig):
+        if not config.is_causal:
+            raise ValueError(f"{type(self).__name__} needs a causal config; this one has is_causal=False and cannot generate")
         super().__init__(config)
         self.model = ConstAttnModel(config)
         self.vocab_size = config.vocab_size
@@ -558,11 +580,166 @@ class ConstAttnForCausalLM(ConstAttnPreTrainedModel, GenerationMixin):
         )
 
 
-# What config.json tells `AutoModel*` to load as remote code.
-AUTO_MAP = {
-    "AutoConfig": "configuration_constattn.ConstAttnConfig",
-    "AutoModel": "modeling_constattn.ConstAttnModel",
-    "AutoModelForCausalLM": "modeling_constattn.ConstAttnForCausalLM",
+class ConstAttnForMaskedLM(ConstAttnPreTrainedModel):
+    """Logits of the token at each position, from both sides of the text."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: ConstAttnConfig):
+        if config.is_causal:
+            raise ValueError(f"{type(self).__name__} needs is_causal=False in the config; this one is causal")
+        super().__init__(config)
+        self.model = ConstAttnModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def generate(self, *args, **kwargs):
+        raise ValueError("a masked language model fills in tokens and cannot generate(); train a ConstAttnForCausalLM for that")
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """``labels`` [B,T]: the masked tokens, −100 elsewhere. The other arguments are those of `ConstAttnModel.forward`."""
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            _check_labels(labels, logits.shape[:2], "[B,T]")
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+class ConstAttnForSequenceClassification(ConstAttnPreTrainedModel):
+    """One label (or several, or a number) for a text: of a causal model from its last token, else from the mean of all."""
+
+    def __init__(self, config: ConstAttnConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = ConstAttnModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """
+        Args:
+            attention_mask: [B,T]; without one, tokens equal to config.pad_token_id are taken for padding.
+            labels: [B] class numbers; [B,num_labels] floats for several labels at once; [B] floats for num_labels=1.
+        """
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        B, T, _ = hidden_states.shape
+        if attention_mask is None:
+            attention_mask = hidden_states.new_ones(B, T)
+        if self.config.is_causal:
+            last = (attention_mask * torch.arange(1, T + 1, device=attention_mask.device)).argmax(1)
+            pooled = hidden_states[torch.arange(B, device=last.device), last]
+        else:
+            weights = attention_mask.to(hidden_states.dtype)[..., None]
+            pooled = (hidden_states * weights).sum(1) / weights.sum(1).clamp_min(1.0)
+        logits = self.score(pooled)
+        loss = None
+        if labels is not None:
+            if labels.shape not in ((B,), (B, self.num_labels)):
+                raise ValueError(f"labels must be [{B}] or [{B},{self.num_labels}]; they are {tuple(labels.shape)}")
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+class ConstAttnForTokenClassification(ConstAttnPreTrainedModel):
+    """A label for each token."""
+
+    def __init__(self, config: ConstAttnConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = ConstAttnModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        """``labels`` [B,T]: class numbers, −100 where none. The other arguments are those of `ConstAttnModel.forward`."""
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.score(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            _check_labels(labels, logits.shape[:2], "[B,T]")
+            loss = self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+class ConstAttnForQuestionAnswering(ConstAttnPreTrainedModel):
+    """Where an answer starts and ends in the text."""
+
+    def __init__(self, config: ConstAttnConfig):
+        super().__init__(config)
+        self.model = ConstAttnModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2, bias=False)  # a bias would move no position against another
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> QuestionAnsweringModelOutput:
+        """``start_positions``, ``end_positions`` [B]. The other arguments are those of `ConstAttnModel.forward`."""
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)  # [B,T] each
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            for positions in (start_positions, end_positions):
+                _check_labels(positions, start_logits.shape[:1], "[B]")
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(loss, start_logits, end_logits, outputs.hidden_states, outputs.attentions)
+
+
+def _check_labels(labels: Tensor, shape: torch.Size, axes: str) -> None:
+    if labels.shape != shape:
+        raise ValueError(f"labels must be {axes} = {list(shape)}; they are {list(labels.shape)}")
+
+
+# The Auto classes of each model: what the package registers, and what config.json tells them to load as remote code.
+AUTO_CLASSES = {
+    "AutoModel": ConstAttnModel,
+    "AutoModelForCausalLM": ConstAttnForCausalLM,
+    "AutoModelForMaskedLM": ConstAttnForMaskedLM,
+    "AutoModelForSequenceClassification": ConstAttnForSequenceClassification,
+    "AutoModelForTokenClassification": ConstAttnForTokenClassification,
+    "AutoModelForQuestionAnswering": ConstAttnForQuestionAnswering,
+}
+AUTO_MAP = {"AutoConfig": "configuration_constattn.ConstAttnConfig"} | {
+    auto_class: f"modeling_constattn.{model_class.__name__}" for auto_class, model_class in AUTO_CLASSES.items()
 }
 
-__all__ = ["ConstAttnForCausalLM", "ConstAttnModel", "ConstAttnPreTrainedModel"]
+__all__ = [model_class.__name__ for model_class in (*AUTO_CLASSES.values(), ConstAttnPreTrainedModel)]

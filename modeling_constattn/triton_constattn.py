@@ -256,10 +256,16 @@ def _decays(f_ptr, top, t, d, rows, F_COLUMNS: tl.constexpr, C: tl.constexpr):
 
 @jit
 def _load_queries(q_ptr, t, d, rows, K, D_hi, D_lo):
-    """z = q + D as a pair [C,BK]."""
-    q = _load(q_ptr, t, d, rows, K, 0.0)
-    z_hi, error = _two_sum(tl.minimum(tl.maximum(q, -_LARGEST), _LARGEST), D_hi)
-    return z_hi, error + D_lo
+    """z = q + D as a pair [C,BK], a slot that is not read (q = −inf) as (−inf, finite)."""
+    mask = (t < rows)[:, None] & (d < K)[None, :]
+    q = tl.load(q_ptr + t[:, None] * K + d[None, :], mask=mask, other=_NEG_INF)
+    if q.dtype == tl.float64:
+        q, q_lo = _split(q)
+        D_lo += q_lo
+    q = q.to(tl.float32)
+    real = q > _NEG_INF
+    z_hi, error = _two_sum(tl.where(real, tl.minimum(tl.maximum(q, -_LARGEST), _LARGEST), 0.0), D_hi)
+    return tl.where(real, z_hi, _NEG_INF), error + D_lo
 
 
 @jit
@@ -284,8 +290,8 @@ def _end_weights(x_hi, x_lo, cleared, F, cleared_end, log_Z_end):
 def _band(x_hi, x_lo, z_hi, cleared, start_hi, start_lo, t, first, C: tl.constexpr):
     """The band that begins at row ``first`` [BK] of each slot, see the module's docstring; C where no band is left.
 
-    ``start`` is log_Z at the chunk's start. Returns w [C,BK], carry [BK], z + u as a pair [C,BK] (hi is −inf where the row does
-    not read the band, lo still lacks z_lo), and the row [BK] after the band.
+    ``start`` is log_Z at the chunk's start. Returns w [C,BK], carry [BK], z + u as a pair [C,BK] (hi is −inf where the band is
+    not read, lo still lacks z_lo), and the row [BK] after the band.
     """
     from_first = t[:, None] >= first[None, :]
     is_first = t[:, None] == first[None, :]
@@ -297,11 +303,11 @@ def _band(x_hi, x_lo, z_hi, cleared, start_hi, start_lo, t, first, C: tl.constex
 
     x_hi = tl.where(from_first & (t[:, None] < after[None, :]), x_hi, _NEG_INF)
     u = tl.maximum(tl.max(x_hi, 0), start_hi)
-    reads = from_first & (cleared == cleared_first[None, :]) & (u > _NEG_INF)[None, :]
+    reads = from_first & (cleared == cleared_first[None, :]) & (u > _NEG_INF)[None, :] & (z_hi > _NEG_INF)
     u = tl.where(u > _NEG_INF, u, 0.0)
     w = _exp(x_hi - u[None, :], x_lo)
     carry = _exp(start_hi - u, start_lo)
-    s, error = _two_sum(z_hi, u[None, :])
+    s, error = _two_sum(tl.where(reads, z_hi, 0.0), u[None, :])
     return w, carry, tl.where(reads, s, _NEG_INF), error, after
 
 
@@ -403,7 +409,7 @@ def _outputs_kernel(
 
 @jit
 def _state_gradients_kernel(
-    q_ptr, f_ptr, y_ptr, dy_ptr, lse_ptr, log_Z_ptr, mean0_ptr, mean_end_ptr, dlog_Z_end_ptr, dmean_end_ptr,
+    q_ptr, f_ptr, y_ptr, dy_ptr, lse_ptr, dlse_ptr, log_Z_ptr, mean0_ptr, mean_end_ptr, dlog_Z_end_ptr, dmean_end_ptr,
     h_ptr, G_ptr, dlog_Z0_ptr, dmean0_ptr,
     T, N, M, K: tl.constexpr, V: tl.constexpr, F_COLUMNS: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
@@ -434,10 +440,13 @@ def _state_gradients_kernel(
         log_Z_end = _load_log_Z(log_Z_ptr + (state + 1) * K, d, K)
         dy = _load(dy_ptr + top * V, t, e, rows, V, 0.0)
         delta = tl.sum(dy * _load(y_ptr + top * V, t, e, rows, V, 0.0), 1)  # this tile's part of δ                     [C]
+        if tl.program_id(2) == 0:
+            delta -= tl.load(dlse_ptr + top + t, mask=t < rows, other=0.0).to(tl.float32)
 
         start_hi, start_lo = _split(tl.where(log_Z > _NEG_INF, log_Z, 0.0))
-        s, error = _two_sum(z_hi, start_hi[None, :])
-        s = tl.where((cleared == 0) & (log_Z > _NEG_INF)[None, :], s, _NEG_INF)
+        reads = (cleared == 0) & (log_Z > _NEG_INF)[None, :] & (z_hi > _NEG_INF)
+        s, error = _two_sum(tl.where(reads, z_hi, 0.0), start_hi[None, :])
+        s = tl.where(reads, s, _NEG_INF)
         p = _exp(s - lse_hi[:, None], error + ((z_lo + start_lo[None, :]) - lse_lo[:, None]))  # z + log_Z − lse      [C,BK]
         kept = (cleared_end == 0) & (log_Z > _NEG_INF)
         carry = tl.where(kept, tl.where(kept, log_Z, 0.0) + F - tl.where(kept, log_Z_end, 0.0), _NEG_INF)
@@ -452,7 +461,7 @@ def _state_gradients_kernel(
 
 @jit
 def _gradients_kernel(
-    q_ptr, k_ptr, v_ptr, f_ptr, y_ptr, dy_ptr, lse_ptr, log_Z_ptr, mean_ptr, h_ptr, G_ptr,
+    q_ptr, k_ptr, v_ptr, f_ptr, y_ptr, dy_ptr, lse_ptr, dlse_ptr, log_Z_ptr, mean_ptr, h_ptr, G_ptr,
     dq_ptr, dk_ptr, dv_ptr, df_ptr,
     T, N, M, K: tl.constexpr, V: tl.constexpr, F_COLUMNS: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
@@ -466,7 +475,7 @@ def _gradients_kernel(
     causal = t[:, None] >= t[None, :]
 
     g = tl.zeros([C, C], tl.float32)
-    delta = tl.zeros([C], tl.float32)
+    delta = -tl.load(dlse_ptr + top + t, mask=t < rows, other=0.0).to(tl.float32)  # δ = dy·y − dlse               [C]
     for feature in range(0, V, BV):
         e = feature + tl.arange(0, BV)
         dy = _load(dy_ptr + top * V, t, e, rows, V, 0.0)
@@ -617,7 +626,8 @@ def chunked_forward(
     """Attends, see the docstring of `attention_constattn`.
 
     Args:
-        q, k, v: [M,T,K], [M,T,K] and [M,T,V], one dtype of bfloat16, float16 and float32. A masked token has k = −inf and v = 0.
+        q, k, v: [M,T,K], [M,T,K] and [M,T,V], one dtype of bfloat16, float16 and float32; q may be float64. A masked token has
+            k = −inf and v = 0, a slot that is not to be read q = −inf.
         f: [M,T,K] or [M,T,1], 0 for a masked token; or None.
         log_Z0, mean0: [M,K] in float64, [M,K,V] in float32.
         chunk_size: taken as 16, 32 or 64.
@@ -649,13 +659,14 @@ def chunked_backward(
     y: Tensor,
     lse: Tensor,
     dy: Tensor,
+    dlse: Tensor,
     dlog_Z: Tensor,
     dmean: Tensor,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """dq, dk, dv, df, dlog_Z0 and dmean0, each of the shape and dtype of what it belongs to."""
     q, k, v, log_Z0, mean0 = (x.contiguous() for x in (q, k, v, log_Z0, mean0))
-    y, lse, dy, dlog_Z, dmean = (x.contiguous() for x in (y, lse, dy, dlog_Z, dmean))
+    y, lse, dy, dlse, dlog_Z, dmean = (x.contiguous() for x in (y, lse, dy, dlse, dlog_Z, dmean))
     f = None if f is None else f.contiguous()
     (M, K, V), options = mean0.shape, _options(q, v, f, chunk_size)
     N, BK, BV = options["N"], options["BK"], _tile(V, 32)
@@ -667,11 +678,11 @@ def chunked_backward(
         h, dlog_Z0 = mean0.new_empty(parts, M, N, K), mean0.new_empty(parts, M, K)
         G = mean.new_empty(M, N, K, V)
         _state_gradients_kernel[(M, triton.cdiv(K, BK), parts)](
-            q, f, y, dy, lse, log_Z, mean0, mean_end, dlog_Z, dmean, h, G, dlog_Z0, dmean0,
+            q, f, y, dy, lse, dlse, log_Z, mean0, mean_end, dlog_Z, dmean, h, G, dlog_Z0, dmean0,
             M=M, **options, BV=BV, num_warps=4,
         )  # fmt: skip
         _gradients_kernel[(M * N,)](
-            q, k, v, f, y, dy, lse, log_Z, mean, h, G, dq, dk, dv, df,
+            q, k, v, f, y, dy, lse, dlse, log_Z, mean, h, G, dq, dk, dv, df,
             M=M, **options, BV=BV, num_warps=8, num_stages=2,
         )  # fmt: skip
     return dq, dk, dv, df, dlog_Z0.sum(0).to(log_Z0.dtype), dmean0
