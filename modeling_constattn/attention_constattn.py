@@ -79,7 +79,7 @@ class ConstAttnState(NamedTuple):
 
     Attributes:
         log_Z: [B,H,K], log of the summed weights of each slot; −inf where nothing has been seen. float64 where the device has it.
-        mean: [B,H,K,V], each slot's weighted mean of the values; 0 where nothing has been seen. float32 (float64 for float64 inputs).
+        mean: [B,H,K,V], each slot's weighted mean of the values; 0 where nothing has been seen. float32, or float64 as the inputs.
     """
 
     log_Z: Tensor
@@ -211,7 +211,9 @@ def quadratic_attention(
             seen = seen & past[t]
         if key_mask is not None:
             seen = seen & key_mask[:, None, None, :]
-        scores = exponents.masked_fill(~seen[..., None], 0.0).logsumexp(-1)  # log( exp(q)·exp(k) )          [B,H,rows,T]
+        scores = exponents.masked_fill(~seen[..., None], 0.0).logsumexp(
+            -1
+        )  # log( exp(q)·exp(k) )          [B,H,rows,T]
         empty = ~seen.any(-1, keepdim=True)
         weights = scores.masked_fill(~seen & ~empty, _NEG_INF).softmax(-1).masked_fill(empty, 0.0)
         outputs.append(weights @ value)
@@ -231,7 +233,9 @@ def scan_attention(query: Tensor, key: Tensor, log_value: Tensor, *, is_causal: 
         [B,H,T,V], the log of the attention (eq. 5).
     """
     _check_inputs(query, key, log_value, None, None, None, is_causal)
-    log_terms = key[..., :, None] + log_value[..., None, :]  # log( exp(k_j) v_jᵀ )                              [B,H,T,K,V]
+    log_terms = (
+        key[..., :, None] + log_value[..., None, :]
+    )  # log( exp(k_j) v_jᵀ )                              [B,H,T,K,V]
     if is_causal:
         log_S, log_Z = log_terms.logcumsumexp(2), key.logcumsumexp(2)  # eq. 6
     else:
@@ -276,8 +280,8 @@ def constant_attention(
         value: [B,H,T,V], any sign.
         state: what was seen before these tokens; None for nothing.
         log_decay: [B,H,T,K], or [B,H,T,1] for one per head; ≤ 0: log of what a slot keeps of its past when token t arrives.
-            −inf empties the slot before the token, as at a document's start. Not causal: a token is also seen from its left, less by
-            what the tokens from the reader up to it decay.
+            −inf empties the slot before the token, as at a document's start. Not causal: a token is also seen from its left,
+            less by what the tokens from the reader up to it decay.
         key_mask: [B,T] bool, True for a real token. A masked token neither adds nor decays.
         is_causal: each token sees itself and the past; else every token sees all of them, and the state given.
         chunk_size: tokens of one block of matrix products; changes speed, not results. Default 64.
@@ -344,14 +348,18 @@ def _attend_step(
     log_Z = state.log_Z if f is None else state.log_Z + f[:, :, 0]
     log_Z = torch.logaddexp(log_Z, k[:, :, 0].to(log_Z.dtype))
     weight = (k[:, :, 0] - _finite(log_Z)).exp().to(v.dtype)
-    state = ConstAttnState(log_Z, torch.lerp(state.mean.to(v.dtype), v, weight[..., None]))  # v [B,H,1,V] meets every slot
+    state = ConstAttnState(
+        log_Z, torch.lerp(state.mean.to(v.dtype), v, weight[..., None])
+    )  # v [B,H,1,V] meets every slot
     return _read(q, state), state
 
 
 def _attend_totals(q: Tensor, k: Tensor, v: Tensor, state: ConstAttnState) -> tuple[Tensor, ConstAttnState]:
     """Not causal: every row reads the totals. O(T·K·V)."""
     peak = _finite(k.detach().amax(2, keepdim=True))
-    weights = (k.to(state.log_Z.dtype) - peak).exp().to(v.dtype)  # exp(k − peak) ≤ 1                                 [B,H,T,K]
+    weights = (
+        (k.to(state.log_Z.dtype) - peak).exp().to(v.dtype)
+    )  # exp(k − peak) ≤ 1                                 [B,H,T,K]
     total = weights.sum(2)
     empty = total == 0
     log_Z = (peak[:, :, 0] + total.masked_fill(empty, 1.0).to(state.log_Z.dtype).log()).masked_fill(empty, _NEG_INF)
@@ -477,23 +485,33 @@ def _steep_chunks(k: Tensor, f: Tensor | None, rest: Tensor | None, log_Z: Tenso
     empty = first == _NEG_INF
     if rest is not None:
         first = first + rest[:, :, 0]
-        empty = empty & (rest[:, :, 0] > _NEG_INF)  # a slot emptied later in the chunk stays steep: exp(−R) would be infinite
-    if bool(empty.any()):  # nothing seen yet and a masked token first: measure from the smallest later weight, an upper bound
+        empty = empty & (
+            rest[:, :, 0] > _NEG_INF
+        )  # a slot emptied later in the chunk stays steep: exp(−R) would be infinite
+    if bool(
+        empty.any()
+    ):  # nothing seen yet and a masked token first: measure from the smallest later weight, an upper bound
         lowest = (k if rest is None else k + rest).masked_fill(k == _NEG_INF, float("inf")).amin(2)
         first = torch.where(empty, lowest.to(first.dtype), first)
     return (~(ref - first <= _MAX_GROWTH)).any(-1).flatten().nonzero().flatten()
 
 
-def _pick(x: Tensor | None, c: _Chunks) -> Tensor | None:
+def _pick(x: Tensor, c: _Chunks) -> Tensor:
     """The steep chunks of [M,N,...], each as a sequence of its own, [m,...], and in float64: they are few, and read sharply."""
-    return None if x is None else x.flatten(0, 1)[c.steep].to(c.ref.dtype)
+    return x.flatten(0, 1)[c.steep].to(c.ref.dtype)
+
+
+def _pick_inputs(c: _Chunks) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """The steep chunks' q, k, v, f and the states at their starts: what `_forward` and `_backward` begin with."""
+    q, k, v, log_Z, mean = (_pick(x, c) for x in (c.q, c.k, c.v, c.log_Z[:, :-1], c.mean[:, :-1]))
+    return q, k, v, None if c.f is None else _pick(c.f, c), log_Z, mean
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, log_Z0: Tensor, mean0: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y [M,T,V], lse [M,T], and the end state (log_Z [M,K], mean [M,K,V])."""
-    M, T, V = v.shape
+    T = v.shape[1]
     c = _scan_chunks(q, k, v, f, log_Z0, mean0, chunk_size)
     exponents = c.q + c.ref if c.rest is None else c.q - c.rest + c.ref
     r = _finite(exponents.amax(-1, keepdim=True))  # [M,N,C,1]; a query of −inf reads nothing
@@ -505,9 +523,7 @@ def _forward(
     y = numerator / denominator.masked_fill(empty, 1.0)
     lse = (r + denominator.to(r.dtype).log()).masked_fill(empty, float("inf")).squeeze(-1)
     if c.steep.numel():
-        y_steep, lse_steep, _, _ = _forward(
-            *(_pick(x, c) for x in (c.q, c.k, c.v, c.f, c.log_Z[:, :-1], c.mean[:, :-1])), -(-A.shape[-1] // 2)
-        )
+        y_steep, lse_steep, _, _ = _forward(*_pick_inputs(c), -(-A.shape[-1] // 2))
         y.flatten(0, 1)[c.steep] = y_steep.to(y.dtype)
         lse.flatten(0, 1)[c.steep] = lse_steep
     return y.flatten(1, 2)[:, :T], lse.flatten(1, 2)[:, :T], c.log_Z[:, -1], c.mean[:, -1]
@@ -536,9 +552,13 @@ def _backward(
     y, dy, dlse = _chunks(y, N, C), _chunks(dy, N, C), _chunks(dlse[..., None], N, C)
     lse = _chunks(lse[..., None], N, C, float("inf"))
     exponents = c.q + c.ref if c.rest is None else c.q - c.rest + c.ref
-    p = _exp_difference(exponents, lse, v.dtype)  # ≤ exp(growth)                                                  [M,N,C,K]
+    p = _exp_difference(
+        exponents, lse, v.dtype
+    )  # ≤ exp(growth)                                                  [M,N,C,K]
     p_start = p * c.carry.unsqueeze(2)  # the weights of the state at the start
-    P = torch.matmul(p, c.w.transpose(2, 3)).tril_()  # the attention itself                                       [M,N,C,C]
+    P = torch.matmul(
+        p, c.w.transpose(2, 3)
+    ).tril_()  # the attention itself                                       [M,N,C,C]
     g = torch.matmul(dy, c.v.transpose(2, 3))  # still without δ
     g_start = torch.matmul(dy, c.mean[:, start].transpose(2, 3))  # [M,N,C,K]
 
@@ -549,10 +569,10 @@ def _backward(
     delta = delta / total.masked_fill(total == 0, 1.0)
     if c.steep.numel():
         # p·carry may be inf·0 there; in the units of the chunk's start it is ≤ 1.
-        prefix = c.log_Z[:, start].unsqueeze(2) if c.f is None else (
-            c.f.to(c.ref.dtype).cumsum(2) + c.log_Z[:, start].unsqueeze(2)
-        )
-        p_start.flatten(0, 1)[c.steep] = _exp_difference(_pick(c.q + prefix, c), _pick(lse, c), v.dtype)
+        exponents = _pick(c.q, c) + _pick(c.log_Z[:, start], c).unsqueeze(1)
+        if c.f is not None:
+            exponents = exponents + _pick(c.f, c).cumsum(1)
+        p_start.flatten(0, 1)[c.steep] = _exp_difference(exponents, _pick(lse, c), v.dtype)
         delta.flatten(0, 1)[c.steep] = (_pick(dy, c) * _pick(y, c)).sum(-1, keepdim=True).to(v.dtype)
     delta = delta - dlse.to(v.dtype)
     g = g.sub_(delta).tril_()
@@ -580,16 +600,20 @@ def _backward(
         if c.f.shape[-1] == 1:
             df = df.sum(-1, keepdim=True)
     if c.steep.numel():
-        inputs = (c.q, c.k, c.v, c.f, c.log_Z[:, start], c.mean[:, start], lse.squeeze(-1), y, dy, dlse.squeeze(-1), dlog_Z[:, end], dmean[:, end])
-        parts = _backward(*(_pick(tensor, c) for tensor in inputs), -(-C // 2))
-        for whole, part in zip((dq, dk, dv, df), parts):
-            if whole is not None:
+        rows = (lse.squeeze(-1), y, dy, dlse.squeeze(-1), dlog_Z[:, end], dmean[:, end])
+        lse_steep, y_steep, dy_steep, dlse_steep, dlog_Z_steep, dmean_steep = (_pick(row, c) for row in rows)
+        parts = _backward(
+            *_pick_inputs(c), lse_steep, y_steep, dy_steep, dlse_steep, dlog_Z_steep, dmean_steep, -(-C // 2)
+        )
+        for whole, part in zip((dq, dk, dv, df), parts[:4], strict=True):
+            if whole is not None and part is not None:
                 whole.flatten(0, 1)[c.steep] = part.to(whole.dtype)
-    dq, dk, dv, df = (grad if grad is None else grad.flatten(1, 2)[:, :T] for grad in (dq, dk, dv, df))
+    dq, dk, dv = (grad.flatten(1, 2)[:, :T] for grad in (dq, dk, dv))
+    df = None if df is None else df.flatten(1, 2)[:, :T]
     return dq, dk, dv, df, dlog_Z[:, 0], dmean[:, 0]
 
 
-# ------------------------------------------------------------- the same as operators, which torch.compile and torch.export see whole
+# ------------------------------------------------------------ the same as operators, which torch.compile and torch.export see whole
 
 # One namespace for each copy of this file, so that a copy loaded as remote code never replaces the installed package's operators.
 _NAMESPACE = re.sub(r"\W", "_", __name__)
@@ -626,13 +650,20 @@ def _chunked_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv, df, dlog_Z0, dmean0 = _backward(q, k, v, f, log_Z0, mean0, lse, y, dy, dlse, dlog_Z, dmean, chunk_size)
     df = q.new_empty(0) if df is None else df.contiguous()
-    return dq.to(q.dtype).contiguous(), dk.contiguous(), dv.contiguous(), df, dlog_Z0.to(log_Z0.dtype, copy=True), dmean0.clone()
+    return (
+        dq.to(q.dtype).contiguous(),
+        dk.contiguous(),
+        dv.contiguous(),
+        df,
+        dlog_Z0.to(log_Z0.dtype, copy=True),
+        dmean0.clone(),
+    )
 
 
 @_chunked_backward.register_fake
 def _(q, k, v, f, log_Z0, mean0, y, lse, dy, dlse, dlog_Z, dmean, chunk_size):
     df = q.new_empty(0) if f is None else f.new_empty(f.shape)
-    return tuple(x.new_empty(x.shape) for x in (q, k, v)) + (df, log_Z0.new_empty(log_Z0.shape), mean0.new_empty(mean0.shape))
+    return *(x.new_empty(x.shape) for x in (q, k, v)), df, log_Z0.new_empty(log_Z0.shape), mean0.new_empty(mean0.shape)
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -669,9 +700,7 @@ def _check_inputs(
 ) -> None:
     """One error that names the offending shape or dtype and what would be right. Reads no data."""
     if query.dim() != 4 or query.shape != key.shape:
-        raise ValueError(
-            f"query and key must both be [B,H,T,K]; they are {tuple(query.shape)} and {tuple(key.shape)}"
-        )
+        raise ValueError(f"query and key must both be [B,H,T,K]; they are {tuple(query.shape)} and {tuple(key.shape)}")
     B, H, T, K = query.shape
     if value.dim() != 4 or value.shape[:3] != (B, H, T):
         raise ValueError(f"value must be [B,H,T,V] = [{B},{H},{T},V]; it is {tuple(value.shape)}")
@@ -682,9 +711,8 @@ def _check_inputs(
             raise TypeError(f"{name} must be of a floating dtype; it is {x.dtype}")
     if not query.dtype == key.dtype == value.dtype:
         raise TypeError(f"query, key and value must share a dtype; they are {query.dtype}, {key.dtype}, {value.dtype}")
-    if log_decay is not None:
-        if log_decay.dim() != 4 or log_decay.shape[:3] != (B, H, T) or log_decay.shape[3] not in (1, K):
-            raise ValueError(f"log_decay must be [{B},{H},{T},{K}] or [{B},{H},{T},1]; it is {tuple(log_decay.shape)}")
+    if log_decay is not None and log_decay.shape not in ((B, H, T, K), (B, H, T, 1)):
+        raise ValueError(f"log_decay must be [{B},{H},{T},{K}] or [{B},{H},{T},1]; it is {tuple(log_decay.shape)}")
     if key_mask is not None:
         if key_mask.dtype != torch.bool:
             raise TypeError(f"key_mask must be bool, True for a real token; it is {key_mask.dtype}")
@@ -693,7 +721,9 @@ def _check_inputs(
     if state is not None:
         V = value.shape[-1]
         if log_decay is not None and not is_causal:
-            raise ValueError("a state cannot be given with log_decay and is_causal=False: it has no place among the tokens")
+            raise ValueError(
+                "a state cannot be given with log_decay and is_causal=False: it has no place among the tokens"
+            )
         if state.log_Z.shape != (B, H, K) or state.mean.shape != (B, H, K, V):
             raise ValueError(
                 f"state must hold log_Z [{B},{H},{K}] and mean [{B},{H},{K},{V}]; "

@@ -71,7 +71,8 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         return next((tensor.shape[0] for tensor in self.tensors.values()), -1)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Replaces one tensor: in place, or by reference where gradients flow through the old one or the new one."""
+        """Replaces one tensor: in place, or by reference where gradients flow through the old one or the new one, or the old one
+        was made under `torch.inference_mode` and must not change outside it."""
         old = self.tensors.get(name)
         if old is None:
             self.device, self.dtype, self.is_initialized = tensor.device, tensor.dtype, True
@@ -80,13 +81,15 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             self.tensors[name] = tensor if tensor.requires_grad else tensor.clone()
             if not is_torchdynamo_compiling() and not tensor.requires_grad:
                 torch._dynamo.mark_static_address(self.tensors[name])
-        elif tensor.requires_grad or old.requires_grad:
-            self.tensors[name] = tensor
+        elif tensor.requires_grad or old.requires_grad or _is_frozen(old):
+            self.tensors[name] = tensor if tensor.requires_grad else tensor.clone()
         else:
             old.copy_(tensor)
 
     def advance(self, tokens: int) -> None:
         """Counts the tokens of one forward pass."""
+        if _is_frozen(self.cumulative_length):
+            self.cumulative_length = self.cumulative_length.clone()
         self.cumulative_length.add_(tokens)
 
     def detach_(self) -> None:
@@ -137,6 +140,10 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         raise NotImplementedError(f"{type(self).__name__} is written by its model's layer alone")
 
     update = update_conv_state = update_recurrent_state = lazy_initialization
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    return not is_torchdynamo_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
 # The same layer serves static caches; and `generate` makes this layer's mask as it does for recurrent layers: 2D or none.

@@ -104,7 +104,7 @@ class ConstAttnConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """`mixer_types` by the name that Transformers' caches and masks look for; not written to config.json (see `mixer_types`)."""
+        """`mixer_types` by the name that Transformers' caches and masks look for; config.json does not have it."""
         assert self.mixer_types is not None
         return self.mixer_types
 

@@ -37,7 +37,7 @@ _MAX_LOG_VALUE = 80.0  # of the "heinsen" block: exp(±80) stays within float32
 
 
 def _cache_layer(past_key_values: Cache | None, layer_idx: int) -> ConstAttnCacheLayer | None:
-    return None if past_key_values is None else past_key_values.layers[layer_idx]  # type: ignore[return-value]
+    return None if past_key_values is None else past_key_values.layers[layer_idx]
 
 
 # ------------------------------------------------------------------------------------------------------- the default block
@@ -142,7 +142,13 @@ class ConstantAttention(nn.Module):
 
 
 def _eager_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **kwargs,
 ) -> tuple[Tensor, Tensor]:
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -281,9 +287,11 @@ class HeinsenPositions(nn.Module):
             rows = []
             for row, limits in enumerate(lag_limit):
                 starts = (limits == 0).nonzero().flatten().tolist()
-                pieces = zip(log_a[row].tensor_split(starts), b[row].tensor_split(starts))
+                pieces = zip(log_a[row].tensor_split(starts), b[row].tensor_split(starts), strict=True)
                 scans = [
-                    log_linear_recurrence(a[None], b[None], initial[row, None] if i == 0 else initial.new_zeros(1, a.shape[-1]))
+                    log_linear_recurrence(
+                        a[None], b[None], initial[row, None] if i == 0 else initial.new_zeros(1, a.shape[-1])
+                    )
                     for i, (a, b) in enumerate(pieces)
                     if len(a)
                 ]
@@ -386,7 +394,7 @@ def _check_cache(past_key_values: Cache, config: ConstAttnConfig, batch: int) ->
             f"past_key_values has {len(layers)} layers, the model {config.num_hidden_layers}; "
             "make it by DynamicCache(config=model.config)"
         )
-    for i, (layer, mixer_type) in enumerate(zip(layers, config.layer_types)):
+    for i, (layer, mixer_type) in enumerate(zip(layers, config.layer_types, strict=True)):
         if isinstance(layer, ConstAttnCacheLayer) != (mixer_type == "constant_attention"):
             raise ValueError(
                 f"past_key_values.layers[{i}] is a {type(layer).__name__}, the model's layer {i} {mixer_type}; "
@@ -405,7 +413,7 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
         if config.block_type == "heinsen":
             self.positions = HeinsenPositions(config)
             self.layers = nn.ModuleList([HeinsenBlock(config, i) for i in range(config.num_hidden_layers)])
-            self.norm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.norm: nn.Module = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
         else:
             self.positions = None
             self.layers = nn.ModuleList([ConstAttnBlock(config, i) for i in range(config.num_hidden_layers)])
@@ -436,8 +444,8 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
         Args:
             input_ids: [B,T] token ids; or `inputs_embeds` [B,T,hidden].
             attention_mask: [B,T], or [B,past+T] of which the last T count; 1 for a real token. Padding may lie anywhere.
-            position_ids: [B,T]. Rotary positions of sliding layers; and where they restart (without an attention_mask), a new packed
-                document starts: no layer looks across.
+            position_ids: [B,T]. Rotary positions of sliding layers; and where they restart (without an attention_mask), a new
+                packed document starts: no layer looks across.
             past_key_values: what earlier calls returned, or `DynamicCache(config=model.config)`.
             use_cache: whether to return the state.
 
@@ -463,7 +471,9 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
 
         if not self.config.is_causal:
             if past_key_values is not None:
-                raise ValueError("past_key_values needs a causal model; this one has is_causal=False and reads whole texts")
+                raise ValueError(
+                    "past_key_values needs a causal model; this one has is_causal=False and reads whole texts"
+                )
             if lag_limit is not None:
                 raise ValueError("packed documents need a causal model; with is_causal=False, pad them to one row each")
             use_cache = False
@@ -490,7 +500,7 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
         past_key_values: Cache | None,
         lag_limit: Tensor | None,
     ) -> tuple[dict[str, Tensor | None], tuple[Tensor, Tensor] | None]:
-        """What each kind of layer needs: constant layers a bool mask [B,T] or None, sliding layers their 4D mask and rotary positions."""
+        """What each kind of layer needs: constant layers a bool mask [B,T] or None, sliding layers a 4D mask and positions."""
         B, T, _ = inputs_embeds.shape
         sliding = "sliding_attention" in self.config.layer_types
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -500,7 +510,9 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
             if attention_mask is not None and (attention_mask.shape[0] != B or attention_mask.shape[-1] < T):
                 raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, the input has [{B},{T}] tokens")
             if attention_mask is not None and attention_mask.dim() != 2:
-                raise ValueError(f"attention_mask must be [B,T] with 1 for real tokens; it has {attention_mask.dim()} axes")
+                raise ValueError(
+                    f"attention_mask must be [B,T] with 1 for real tokens; it has {attention_mask.dim()} axes"
+                )
             arguments = {
                 "config": self.config,
                 "inputs_embeds": inputs_embeds,
@@ -512,7 +524,11 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
             if sliding:
                 if lag_limit is not None and past_key_values is not None:
                     raise ValueError("packed documents with sliding_attention layers cannot continue from a cache")
-                make = create_sliding_window_causal_mask if self.config.is_causal else create_bidirectional_sliding_window_mask
+                make = (
+                    create_sliding_window_causal_mask
+                    if self.config.is_causal
+                    else create_bidirectional_sliding_window_mask
+                )
                 masks["sliding_attention"] = make(**arguments)
         key_mask = masks.get("constant_attention")
         masks["constant_attention"] = None if key_mask is None else key_mask.bool()
@@ -531,7 +547,9 @@ class ConstAttnForCausalLM(ConstAttnPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ConstAttnConfig):
         if not config.is_causal:
-            raise ValueError(f"{type(self).__name__} needs a causal config; this one has is_causal=False and cannot generate")
+            raise ValueError(
+                f"{type(self).__name__} needs a causal config; this one has is_causal=False and cannot generate"
+            )
         super().__init__(config)
         self.model = ConstAttnModel(config)
         self.vocab_size = config.vocab_size
@@ -594,7 +612,9 @@ class ConstAttnForMaskedLM(ConstAttnPreTrainedModel):
         self.post_init()
 
     def generate(self, *args, **kwargs):
-        raise ValueError("a masked language model fills in tokens and cannot generate(); train a ConstAttnForCausalLM for that")
+        raise ValueError(
+            "a masked language model fills in tokens and cannot generate(); train a ConstAttnForCausalLM for that"
+        )
 
     @can_return_tuple
     def forward(

@@ -82,14 +82,18 @@ def check_against_definition(inputs: Inputs, is_causal=True, gradients=True, **k
         grads = torch.autograd.grad(output, single, direction.float())
         # A gradient is as exact as its largest sibling lets it be: where softmax is one-hot, those of query and key vanish.
         scale = max(grad.abs().max().item() for grad in expected_grads)
-        for grad, expected_grad in zip(grads, expected_grads):
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
             assert grad.isfinite().all()
             assert (grad - expected_grad).abs().max() <= GRADIENT_ERROR * scale
 
 
 def definition_of_state(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """log Z_T and mean_T by eq. 6, term by term, in float64."""
-    key = inputs.key if inputs.key_mask is None else inputs.key.masked_fill(~inputs.key_mask[:, None, :, None], -torch.inf)
+    key = (
+        inputs.key
+        if inputs.key_mask is None
+        else inputs.key.masked_fill(~inputs.key_mask[:, None, :, None], -torch.inf)
+    )
     if inputs.log_decay is not None:
         decay = inputs.log_decay
         if inputs.key_mask is not None:
@@ -221,7 +225,9 @@ def test_gradients_of_states(decay):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_low_precision_rounds_the_output_alone(dtype):
-    inputs = Inputs(*(x if x is None or x.dtype == torch.bool else x.to(dtype).double() for x in make_inputs(130, decay="slot")))
+    inputs = Inputs(
+        *(x if x is None or x.dtype == torch.bool else x.to(dtype).double() for x in make_inputs(130, decay="slot"))
+    )
     expected = quadratic_attention(*inputs[:3], log_decay=inputs.log_decay)
     output, state = constant_attention(*(x.to(dtype) for x in inputs[:3]), log_decay=inputs.log_decay.float())
     assert output.dtype == dtype and state.log_Z.dtype == torch.float64 and state.mean.dtype == torch.float32
@@ -324,9 +330,15 @@ def test_state_after_ten_million_tokens():
     single, exact = None, None
     log_Z, total = torch.full((1, 1, 2), -torch.inf, dtype=torch.float64), torch.zeros(1, 1, 2, 2, dtype=torch.float64)
     for _ in range(153):  # 10,027,008 tokens
-        query, key, value = torch.zeros(1, 1, 65536, 2), torch.randn(1, 1, 65536, 2) * 2, torch.randn(1, 1, 65536, 2) + 1
+        query, key, value = (
+            torch.zeros(1, 1, 65536, 2),
+            torch.randn(1, 1, 65536, 2) * 2,
+            torch.randn(1, 1, 65536, 2) + 1,
+        )
         _, single = constant_attention(query, key, value, single, chunk_size=256)
-        weights = key.double().exp()  # Σ exp(k) v and Σ exp(k) as they stand, in float64: keys of ±10 cannot overflow it
+        weights = (
+            key.double().exp()
+        )  # Σ exp(k) v and Σ exp(k) as they stand, in float64: keys of ±10 cannot overflow it
         total += weights.transpose(2, 3) @ value.double()
         log_Z = torch.logaddexp(log_Z, weights.sum(2).log())
     exact = ConstAttnState(log_Z, total / log_Z.exp()[..., None])
@@ -392,7 +404,7 @@ def test_bad_input(change, error, message):
 
 def test_bad_states():
     state = ConstAttnState.empty(1, 2, 3, 4, torch.float32, "cpu")
-    with pytest.raises(ValueError, match="log_S .* must have the shape of log_Z"):
+    with pytest.raises(ValueError, match=r"log_S .* must have the shape of log_Z"):
         ConstAttnState.from_logs(state.log_S, state.log_Z[..., 0])
     with pytest.raises(ValueError, match="cannot merge states of shapes"):
         state.merge(ConstAttnState.empty(1, 2, 3, 5, torch.float32, "cpu"))

@@ -116,6 +116,16 @@ def test_updates_are_in_place_unless_gradients_flow(model):
     assert not cache.layers[0].tensors["mean"].requires_grad
 
 
+def test_continues_what_inference_mode_began(model):
+    ids = torch.arange(12).view(2, 6)
+    with torch.inference_mode():
+        cache = model(ids, use_cache=True).past_key_values
+    with torch.no_grad():
+        logits = model(ids, past_key_values=cache).logits
+        torch.testing.assert_close(logits, model(torch.cat([ids, ids], 1)).logits[:, 6:], rtol=1e-4, atol=1e-5)
+    assert cache.get_seq_length() == 12
+
+
 def test_gradients_through_the_cache_are_those_of_the_whole_text(model):
     ids = torch.randint(0, 64, (2, 40), generator=torch.Generator().manual_seed(0))
     model.zero_grad()
@@ -143,7 +153,9 @@ def test_refuses_the_cache_of_another_model(model):
     with pytest.raises(ValueError, match="holds 3 rows, the input 2"):
         model(ids, past_key_values=fill(model, batch=3))
     other = ConstAttnConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_slots=4)
-    with pytest.raises(ValueError, match=r"of another model: its convolution inputs are \(3, 48\), this model's \(3, 64\)"):
+    with pytest.raises(
+        ValueError, match=r"of another model: its convolution inputs are \(3, 48\), this model's \(3, 64\)"
+    ):
         model(ids, past_key_values=fill(ConstAttnForCausalLM(other).eval()))
     hybrid = ConstAttnConfig(
         vocab_size=64,

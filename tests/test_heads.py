@@ -36,7 +36,13 @@ HEADS = [
 
 
 def make_config(is_causal: bool, **fields) -> ConstAttnConfig:
-    small = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small = {
+        "vocab_size": 60,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     return ConstAttnConfig(**small, is_causal=is_causal, pad_token_id=0, num_labels=3, **fields)
 
 
@@ -154,7 +160,10 @@ def test_head_learns_and_travels(head, is_causal, ids, tmp_path):
     labels = {
         ConstAttnForSequenceClassification: {"labels": torch.tensor([0, 2])},
         ConstAttnForTokenClassification: {"labels": ids % 3},
-        ConstAttnForQuestionAnswering: {"start_positions": torch.tensor([1, 5]), "end_positions": torch.tensor([3, 39])},
+        ConstAttnForQuestionAnswering: {
+            "start_positions": torch.tensor([1, 5]),
+            "end_positions": torch.tensor([3, 39]),
+        },
     }[head]
     loss = model(ids, **labels).loss
     loss.backward()
@@ -197,7 +206,9 @@ def test_padded_text_has_the_label_of_the_text_alone(is_causal, side, ids):
 def test_a_causal_checkpoint_starts_a_classifier(tmp_path, ids):
     language_model = make_model(ConstAttnForCausalLM, is_causal=True)
     language_model.save_pretrained(tmp_path)
-    classifier, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5, output_loading_info=True)
+    classifier, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=5, output_loading_info=True
+    )
     assert list(info["missing_keys"]) == ["score.weight"]
     close(classifier.model(ids).last_hidden_state, language_model.model(ids).last_hidden_state)
     assert classifier(ids).logits.shape == (2, 5)
@@ -222,9 +233,17 @@ def test_every_model_is_in_the_auto_map():
 @pytest.mark.parametrize(
     ("head", "arguments", "message"),
     [
-        (ConstAttnForMaskedLM, {"labels": torch.zeros(2, 39, dtype=torch.long)}, r"\[B,T\] = \[2, 40\]; they are \[2, 39\]"),
+        (
+            ConstAttnForMaskedLM,
+            {"labels": torch.zeros(2, 39, dtype=torch.long)},
+            r"\[B,T\] = \[2, 40\]; they are \[2, 39\]",
+        ),
         (ConstAttnForTokenClassification, {"labels": torch.zeros(2, dtype=torch.long)}, r"they are \[2\]"),
-        (ConstAttnForSequenceClassification, {"labels": torch.zeros(3, dtype=torch.long)}, r"\[2\] or \[2,3\]; they are \(3,\)"),
+        (
+            ConstAttnForSequenceClassification,
+            {"labels": torch.zeros(3, dtype=torch.long)},
+            r"\[2\] or \[2,3\]; they are \(3,\)",
+        ),
         (
             ConstAttnForQuestionAnswering,
             {"start_positions": torch.zeros(2, 1).long(), "end_positions": torch.zeros(2).long()},

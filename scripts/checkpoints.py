@@ -1,0 +1,80 @@
+"""Checkpoints: load one, or say in one line what is wrong with it.
+
+    tokenizer = load_tokenizer("runs/tiny")
+    model = load_model("runs/tiny", tokenizer)
+
+Used by every script that reads a model. What `from_pretrained` only warns about (missing weights, a tokenizer that is
+empty or too large) ends the script here.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+import modeling_constattn  # noqa: F401 (registers the Auto classes)
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in WEIGHTS)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    name = _resolve(name)
+    if Path(name).is_dir() and not list(Path(name).glob("*token*")):  # from_pretrained would make an empty one
+        raise SystemExit(f"error: folder '{name}' holds no tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # each kind of tokenizer file fails in its own way
+        raise SystemExit(f"error: {_kind(name)} has no tokenizer that can be loaded: {_reason(error)}") from error
+    if len(tokenizer) < 2:
+        raise SystemExit(f"error: tokenizer '{name}' is empty")
+    return tokenizer
+
+
+def load_model(name: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
+    """The causal language model of a folder or Hub id, complete and of a vocabulary that `tokenizer` fits into."""
+    name = _resolve(name)
+    if Path(name).is_dir() and not has_weights(Path(name)):
+        raise SystemExit(f"error: folder '{name}' holds no weights ({' or '.join(WEIGHTS[:2])})")
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    except Exception as error:  # a cut-off file, a missing shard, an unknown model_type, not reachable, …
+        raise SystemExit(f"error: {_kind(name)} has no model that can be loaded: {_reason(error)}") from error
+    for kind in ("missing_keys", "mismatched_keys"):  # from_pretrained only warns and invents these weights
+        if report[kind]:
+            raise SystemExit(
+                f"error: the weights of '{name}' do not fit its config.json: {kind} {sorted(report[kind])}"
+            )
+    check_vocabulary(model.config, tokenizer)
+    return model
+
+
+def check_vocabulary(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    if len(tokenizer) > config.vocab_size:
+        raise SystemExit(
+            f"error: the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size of "
+            f"{config.vocab_size}; use the tokenizer that the model was made for, or raise vocab_size"
+        )
+
+
+def _resolve(name: str) -> str:
+    """The path of a local folder, or the Hub id as it is."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_file():
+        raise SystemExit(f"error: '{name}' is a file; a checkpoint is a folder with config.json and model.safetensors")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise SystemExit(f"error: no such folder: '{name}'")
+    return name
+
+
+def _kind(name: str) -> str:
+    return f"folder '{name}'" if Path(name).is_dir() else f"'{name}', which is no folder here, read as a Hub id,"
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)

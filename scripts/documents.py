@@ -1,0 +1,159 @@
+"""Documents: read them from local files or the Hub, and cut them into pieces that a tokenizer reads one at a time.
+
+    documents = load_documents(["notes/", "more.jsonl"])       # a datasets.Dataset with one column, "text"
+    for tokens in tokenise_documents(documents, tokenizer):    # one list of token ids per document
+        ...
+
+Used by train.py, evaluate.py and generate.py. Data that cannot be used ends the script with one line that names it.
+"""
+
+import io
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from datasets import Dataset, IterableDataset, Value, concatenate_datasets, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+READERS = {  # file suffix: the reader of `datasets.load_dataset`; a folder contributes its files with these suffixes
+    ".txt": "text",
+    ".md": "text",
+    ".rst": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+HUB_KEYS = ("path", "name", "split", "data_dir", "data_files", "revision")  # of a source written as a mapping
+
+
+def load_documents(
+    sources: str | dict | list, text_column: str = "text", streaming: bool = False
+) -> Dataset | IterableDataset:
+    """All documents of `sources` in order: a text file is one document, a row of JSON lines or parquet is one.
+
+    A source is a file, a folder (searched recursively), the id of a Hub dataset (its split "train"), or a mapping of
+    HUB_KEYS for `datasets.load_dataset`.
+    """
+    parts = []
+    for source in sources if isinstance(sources, list) else [sources]:
+        for dataset, column in _read(source, text_column, streaming):
+            parts.append(_only_text(dataset, column, source))
+    if not parts:
+        raise SystemExit("error: no data is named")
+    return concatenate_datasets(parts)
+
+
+def _read(source: str | dict, text_column: str, streaming: bool) -> Iterator[tuple[Any, str]]:
+    if isinstance(source, dict):
+        unknown = [key for key in source if key not in HUB_KEYS]
+        if unknown or "path" not in source:
+            raise SystemExit(f"error: data {source}: a mapping needs 'path' and may have {', '.join(HUB_KEYS[1:])}")
+        yield _from_hub({"split": "train", **source}, streaming), text_column
+        return
+
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
+        if not files:
+            raise SystemExit(f"error: folder '{source}' has no {', '.join(READERS)} files")
+    elif path.is_file():
+        files = [path]
+    elif source.startswith((".", "/", "~")) or path.suffix in READERS or source.count("/") > 1:
+        raise SystemExit(f"error: no such file or folder: '{source}'")
+    else:
+        yield _from_hub({"path": source, "split": "train"}, streaming), text_column
+        return
+
+    for reader, group in itertools.groupby(files, key=lambda file: READERS.get(file.suffix, "text")):
+        yield _from_files(list(group), reader, streaming), "text" if reader == "text" else text_column
+
+
+def _from_files(files: list[Path], reader: str, streaming: bool) -> Any:
+    options = {"sample_by": "document"} if reader == "text" else {}
+    full = [str(file) for file in files if file.stat().st_size]
+    if not full:
+        raise SystemExit(f"error: '{files[0]}' is empty")
+    try:
+        return load_dataset(reader, data_files=full, split="train", streaming=streaming, **options)
+    except Exception as error:  # each reader has its own; the first cause says what is wrong with the file
+        if len(full) > 1:
+            for file in files:
+                _from_files([file], reader, streaming)  # names the file that is at fault
+        cause = error.__cause__ or error
+        raise SystemExit(f"error: '{full[0]}' cannot be read as {reader}: {cause}") from error
+
+
+def _from_hub(options: dict, streaming: bool) -> Any:
+    try:
+        return load_dataset(**options, streaming=streaming)
+    except Exception as error:  # not found, not reachable, no such split, a damaged file, …
+        raise SystemExit(
+            f"error: '{options['path']}' is no file or folder here, and as a Hub dataset it cannot be loaded: {error}"
+        ) from error
+
+
+def _only_text(dataset: Any, column: str, source: str | dict) -> Any:
+    columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream knows its columns once it has been read
+    if column not in columns:
+        raise SystemExit(f"error: '{source}' has no column '{column}' (text_column), it has {', '.join(columns)}")
+    if dataset.features and dataset.features[column].dtype not in ("string", "large_string"):
+        raise SystemExit(f"error: column '{column}' of '{source}' holds {dataset.features[column].dtype}, not text")
+    dataset = dataset.select_columns([column]).rename_columns({column: "text"} if column != "text" else {})
+    if dataset.features and dataset.features["text"].dtype != "string":
+        dataset = dataset.cast_column("text", Value("string"))  # or it does not join the others
+    return dataset
+
+
+def split_text(stream: TextIO, tokenizer: PreTrainedTokenizerBase, characters: int = 1 << 16) -> Iterator[str]:
+    """Pieces of a text of any length whose token ids, joined, are those of the whole text.
+
+    Byte-level and most other fast tokenizers never join a word to the one before it, so a cut before the space of
+    " word" changes nothing. Where a tokenizer does (tested here), the text stays whole.
+    """
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    if ids("one two") != ids("one") + ids(" two"):
+        yield stream.read()
+        return
+    rest = ""
+    while more := stream.read(characters):
+        rest += more
+        cut = rest.rfind(" ", 1, -1)
+        while cut > 0 and (rest[cut - 1].isspace() or rest[cut + 1].isspace()):
+            cut = rest.rfind(" ", 1, cut)
+        if cut > 0:
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+def token_ids(stream: TextIO, tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
+    """The token ids of a text of any length, without special tokens, one by one; reads on as they are taken."""
+    for piece in split_text(stream, tokenizer):
+        yield from tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def start_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that stands before a document's first: beginning of text, or else end of text (of the one before)."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise SystemExit(
+        f"error: tokenizer '{tokenizer.name_or_path}' has no bos_token and no eos_token to start a text with"
+    )
+
+
+def tokenise_documents(documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Token ids of each document that holds text, without special tokens; 64 documents at a time, on all cores."""
+    for batch in documents.iter(batch_size=64):
+        texts = [list(split_text(io.StringIO(text), tokenizer)) for text in batch["text"] if text]
+        if not texts:
+            continue
+        pieces = itertools.chain.from_iterable(texts)
+        encoded = iter(tokenizer(list(pieces), add_special_tokens=False, verbose=False)["input_ids"])
+        for text in texts:
+            yield list(itertools.chain.from_iterable(itertools.islice(encoded, len(text))))

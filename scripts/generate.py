@@ -1,0 +1,106 @@
+"""Continues a prompt of any length with a causal language model, and shows what that costs.
+
+    python scripts/generate.py runs/tiny --prompt "Return the number of"
+    python scripts/generate.py runs/tiny --file book.txt --max-new-tokens 200 --temperature 0
+    cat book.txt | python scripts/generate.py runs/tiny
+
+The prompt is read in chunks into the model's cache, so memory does not grow with it as long as the cache does not. The
+continuation is streamed to stdout; speeds and the size of the cache go to stderr.
+"""
+
+import argparse
+import io
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from checkpoints import load_model, load_tokenizer
+from documents import start_token_id, token_ids
+from transformers import Cache, TextStreamer, set_seed
+
+from modeling_constattn import cache_nbytes
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="folder or Hub id")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help="text to continue; without --prompt and --file it is read from stdin")
+    source.add_argument("--file", type=Path, help="text file to continue")
+    parser.add_argument("--chunk-size", type=int, default=2048, help="prompt tokens read at a time (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="(%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.chunk_size < 1 or options.max_new_tokens < 1:
+        parser.error("--chunk-size and --max-new-tokens are at least 1")
+    if options.temperature < 0 or not 0 < options.top_p <= 1:
+        parser.error(
+            f"--temperature {options.temperature} is to be 0 or more, --top-p {options.top_p} above 0 and at most 1"
+        )
+
+    tokenizer = load_tokenizer(options.checkpoint)
+    model = load_model(options.checkpoint, tokenizer).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    set_seed(options.seed)
+
+    began = time.perf_counter()
+    with open_prompt(options.prompt, options.file) as prompt:
+        ids = itertools.chain([start_token_id(tokenizer)], token_ids(prompt, tokenizer))
+        try:
+            cache, last, length = prefill(model, ids, options.chunk_size)
+        except UnicodeDecodeError as error:
+            raise SystemExit(f"error: the prompt '{options.file or 'stdin'}' is not UTF-8 text: {error}") from error
+    prefill_seconds = time.perf_counter() - began
+
+    sampling: dict[str, Any] = {"do_sample": False}
+    if options.temperature > 0:
+        sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+    began = time.perf_counter()
+    output = model.generate(
+        torch.tensor([[last]], device=model.device),  # what the cache holds is not repeated, the mask counts it
+        attention_mask=torch.ones(1, length, dtype=torch.long, device=model.device),
+        past_key_values=cache,
+        max_new_tokens=options.max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        return_dict_in_generate=True,
+        **sampling,
+    )
+    decode_seconds = time.perf_counter() - began
+    new = output.sequences.shape[1] - 1
+    print(
+        f"prompt {length:,} tokens, read at {length / prefill_seconds:,.0f} tokens/s; "
+        f"{new:,} new tokens at {new / decode_seconds:,.1f} tokens/s; "
+        f"cache {cache_nbytes(output.past_key_values):,} bytes",
+        file=sys.stderr,
+    )
+
+
+def open_prompt(prompt: str | None, file: Path | None) -> TextIO:
+    if prompt is not None:
+        return io.StringIO(prompt)
+    if file is None:
+        return sys.stdin
+    try:
+        return file.open(encoding="utf-8", newline="")
+    except OSError as error:
+        raise SystemExit(f"error: prompt file '{file}' cannot be read: {error.strerror}") from error
+
+
+@torch.no_grad()  # like `generate`: what inference_mode makes, the cache could not be updated in later
+def prefill(model: Any, ids: Iterator[int], chunk_size: int) -> tuple[Cache | None, int, int]:
+    """Reads all tokens but the last into a cache. Returns the cache (None after one token), the last, the length."""
+    last, length, cache = next(ids), 1, None
+    while chunk := list(itertools.islice(ids, chunk_size)):
+        inputs = torch.tensor([[last, *chunk[:-1]]], device=model.device)
+        cache = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+        last, length = chunk[-1], length + len(chunk)
+    return cache, last, length
+
+
+if __name__ == "__main__":
+    main()

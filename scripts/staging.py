@@ -1,0 +1,45 @@
+"""Writes folders and files so that they are never half there.
+
+with staged(Path("runs/tiny")) as folder:      # a failure in here leaves runs/tiny as it was
+    model.save_pretrained(folder)
+with staged_file(Path("result.json")) as file:
+    file.write_text("{}")
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def staged(folder: Path, publish: bool = True) -> Iterator[Path]:
+    """Yields a new folder beside `folder`; when the block has ended well, its files move into `folder`.
+
+    Of several processes that fill one folder, one has `publish`.
+    """
+    new = folder.with_name(f".{folder.name}.incomplete")
+    if publish:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+    try:
+        yield new
+        if publish:
+            folder.mkdir(exist_ok=True)
+            for file in sorted(new.iterdir()):
+                file.replace(folder / file.name)
+    finally:
+        if publish:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+@contextmanager
+def staged_file(file: Path) -> Iterator[Path]:
+    """Yields the name of a file beside `file`; when the block has ended well, it takes the place of `file`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_name(f".{file.name}.incomplete")
+    try:
+        yield new
+        new.replace(file)
+    finally:
+        new.unlink(missing_ok=True)

@@ -1,0 +1,466 @@
+"""Trains a causal language model, from scratch or from a checkpoint, on text.
+
+    python scripts/train.py configuration/training/tiny.yaml
+    python scripts/train.py configuration/training/tiny.yaml training.max_steps=50 data=[notes/,more.jsonl]
+    python scripts/train.py configuration/training/tiny.yaml training.resume_from_checkpoint=true
+
+The YAML file holds what differs for this run (the fields of `Run` below); key=value arguments, read as YAML, go over
+it. `training` is handed to `transformers.TrainingArguments`. Documents are joined by the end-of-text token and packed
+into blocks of `block_size` tokens. In the end `training.output_dir` holds the model, its tokenizer,
+training_summary.json and the settings as training.yaml, each complete before it takes the place of an earlier one.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import platform
+import re
+import time
+import typing
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from checkpoints import WEIGHTS, check_vocabulary, has_weights, load_model, load_tokenizer
+from datasets import Dataset, IterableDataset
+from documents import load_documents, start_token_id, tokenise_documents
+from huggingface_hub.dataclasses import type_validator
+from safetensors import safe_open
+from staging import staged
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+TOKENIZER_TRAINING_CHARACTERS = (
+    200_000_000  # more text than this hardly changes a byte-level BPE and takes long to count
+)
+END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
+
+
+@dataclass
+class Run:
+    """The keys of a run file. Paths are relative to the working directory."""
+
+    model: str  # folder with a config.json alone: from scratch; with weights, or a Hub id: fine-tuning
+    data: (
+        str | dict | list
+    )  # text file, folder, .jsonl, .parquet, Hub dataset id, {path: …, name: …, split: …}, or a list
+    training: dict = field(default_factory=dict)  # for TrainingArguments; output_dir is needed
+    tokenizer: str | None = (
+        None  # folder or Hub id; else the checkpoint's own, else a byte-level BPE is trained on data
+    )
+    vocab_size: int | None = None  # of a tokenizer trained here; else the vocab_size of the model's config
+    eval_data: str | dict | list | None = None  # held-out documents, named like data …
+    eval_fraction: float | None = None  # … or the share of the documents in data to hold out, drawn by training.seed
+    text_column: str = "text"  # of JSON lines, parquet and Hub datasets
+    streaming: bool = False  # read data while training, for what does not fit the disk; needs training.max_steps
+    block_size: int = 1024  # tokens of one training sequence
+
+
+TRAINING_DEFAULTS = {
+    "report_to": "none",
+    "logging_steps": 10,
+    "include_num_input_tokens_seen": "all",  # tokens/s
+    "dataloader_pin_memory": torch.cuda.is_available(),  # the library's default warns on a machine without a GPU
+}
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.max_steps=50")
+    options = parser.parse_args(arguments)
+
+    run = read_run(options.run, options.overrides)
+    args, checkpoint = training_arguments(run)
+    say = print if args.process_index == 0 else lambda *_, **__: None
+
+    with args.main_process_first(desc="reading the data"):  # the other processes then find it in the datasets cache
+        documents, held_out = read_documents(run, args)
+        tokenizer, trained_here = choose_tokenizer(run, checkpoint, documents)
+        blocks = pack(documents, tokenizer, run.block_size, "training", run.streaming, say)
+        eval_blocks = None
+        if held_out is not None:
+            eval_blocks = pack(held_out, tokenizer, run.block_size, "held-out", run.streaming, say)
+    if isinstance(blocks, IterableDataset):
+        blocks = blocks.shuffle(seed=args.seed, buffer_size=1024)
+
+    set_seed(args.seed)  # the initial weights
+    model = build_model(run, tokenizer, trained_here)
+    say(f"model: {model.num_parameters():,} parameters, {type(model).__name__}, training on {args.device}")
+
+    throughput = Throughput()
+    try:
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=blocks,
+            eval_dataset=eval_blocks,
+            data_collator=collate,
+            processing_class=tokenizer,
+            callbacks=[throughput],
+        )
+    except (RuntimeError, ValueError, ImportError) as error:  # a report_to that is not installed, …
+        raise SystemExit(f"error: training: {error}") from error
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    eval_loss = trainer.evaluate()["eval_loss"] if eval_blocks is not None else None
+
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    summary = {
+        "loss": logged[-1] if logged else result.training_loss,  # mean over the last logging_steps
+        "eval_loss": eval_loss,
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "tokens_per_second": throughput.rate,
+        "seconds": throughput.seconds,
+        "parameters": model.num_parameters(),
+        "device": str(args.device),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
+        "run": {key: value for key, value in dataclasses.asdict(run).items() if value is not None},
+    }
+    save(trainer, summary)
+    losses = f"loss {summary['loss']:.4f}" + ("" if eval_loss is None else f", held-out loss {eval_loss:.4f}")
+    say(f"{losses}, {throughput.rate:,.0f} tokens/s; written to {args.output_dir}")
+    return summary
+
+
+def save(trainer: Trainer, summary: dict) -> None:
+    """The model and all that belongs to it, into training.output_dir."""
+    output, publish = Path(str(trainer.args.output_dir)), trainer.args.should_save
+    trainer.model.config.use_cache = True  # Trainer switches it off; a saved model should generate with its cache
+    with staged(output, publish) as folder:
+        trainer.save_model(str(folder))  # every process has a part in it
+        if publish:
+            (folder / "training_summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            (folder / "training.yaml").write_text(yaml.safe_dump(summary["run"], sort_keys=False, allow_unicode=True))
+            written = {file.name for file in folder.iterdir()}
+    if publish:
+        for weights in output.glob("model*.safetensors*"):
+            if weights.name not in written:  # shards of an earlier model
+                weights.unlink()
+
+
+# The run file
+
+
+class RunLoader(yaml.SafeLoader):
+    """YAML as people mean it: 1e-3 is a number, `no` a word (to PyYAML, which reads YAML 1.1, it is the other way)."""
+
+
+RunLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+RunLoader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789"))
+RunLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|false)$"), list("tf"))
+
+
+def read_run(file: Path, overrides: list[str]) -> Run:
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=RunLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SystemExit(f"error: run file '{file}' cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise SystemExit(f"error: run file '{file}' holds no 'key: value' lines")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise SystemExit(f"error: '{override}' is not of the form key=value")
+        try:
+            value = yaml.load(text, Loader=RunLoader)
+        except yaml.YAMLError as error:
+            raise SystemExit(f"error: the value of '{override}' is not YAML: {error}") from error
+        mapping = values
+        *outer, last = key.split(".")
+        for name in outer:
+            mapping = mapping.setdefault(name, {})
+            if not isinstance(mapping, dict):
+                raise SystemExit(f"error: '{override}': '{name}' is no mapping")
+        mapping[last] = value
+
+    run_types = typing.get_type_hints(Run)
+    training_types = typing.get_type_hints(TrainingArguments) | {"resume_from_checkpoint": bool | str | None}
+    known = [*run_types, *(f"training.{name}" for name in training_types)]
+    check_keys(values, run_types, known, prefix="")
+    for name in ("model", "data"):
+        if values.get(name) is None:
+            raise SystemExit(f"error: run file '{file}' names no '{name}'")
+    check_keys(values.get("training", {}), training_types, known, prefix="training.")
+
+    run = Run(**values)
+    if not run.training.get("output_dir"):
+        raise SystemExit("error: training.output_dir is not given; it names the folder for the result")
+    if run.block_size < 2:
+        raise SystemExit(
+            f"error: block_size is {run.block_size}; a block needs at least 2 tokens, one to predict another"
+        )
+    if run.eval_data is not None and run.eval_fraction is not None:
+        raise SystemExit("error: eval_data and eval_fraction are both given; one of them says what is held out")
+    if run.eval_fraction is not None and not 0 < run.eval_fraction < 1:
+        raise SystemExit(f"error: eval_fraction is {run.eval_fraction}; it is a share between 0 and 1")
+    if run.streaming and run.training.get("max_steps", -1) < 1:
+        raise SystemExit("error: a streamed dataset has no known end: give training.max_steps")
+    if run.streaming and run.eval_fraction is not None:
+        raise SystemExit("error: a streamed dataset cannot be split by eval_fraction: give eval_data")
+    return run
+
+
+def check_keys(values: dict, types: dict, known: list[str], prefix: str) -> None:
+    for key, value in values.items():
+        if key not in types:
+            nearest = difflib.get_close_matches(f"{prefix}{key}", known, n=1, cutoff=0)[0]
+            raise SystemExit(f"error: unknown key '{prefix}{key}'; the nearest known one is '{nearest}'")
+        candidates = [value, float(value)] if type(value) is int else [value]  # 1 is a fine float
+        for number, candidate in enumerate(candidates, start=1):
+            try:
+                type_validator(key, candidate, types[key])
+                break
+            except TypeError as error:
+                if number == len(candidates):
+                    wanted = getattr(types[key], "__name__", str(types[key]))
+                    raise SystemExit(f"error: {prefix}{key} is {value!r}; it should be {wanted}") from error
+
+
+def training_arguments(run: Run) -> tuple[TrainingArguments, str | None]:
+    """The TrainingArguments, and the checkpoint folder to resume from, if any, after a look at whether it is whole."""
+    settings = TRAINING_DEFAULTS | run.training
+    resume = settings.pop("resume_from_checkpoint", None)
+    output = settings["output_dir"]
+    try:
+        args = TrainingArguments(**settings)
+    except (TypeError, ValueError, ImportError) as error:
+        raise SystemExit(f"error: training: {error}") from error
+
+    latest = get_last_checkpoint(output) if Path(output).is_dir() else None
+    if not resume:
+        if latest:
+            raise SystemExit(
+                f"error: '{output}' holds checkpoints of an earlier run; go on from them with "
+                "training.resume_from_checkpoint=true, or delete them, or name another training.output_dir"
+            )
+        return args, None
+    checkpoint = latest if resume is True else str(resume)
+    if checkpoint is None:
+        raise SystemExit(f"error: training.resume_from_checkpoint is true, but '{output}' holds no checkpoint-* folder")
+    check_checkpoint(Path(checkpoint))
+    return args, checkpoint
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Ends the script if a file that resuming needs is missing or cut off, before anything is computed."""
+    if not folder.is_dir():
+        raise SystemExit(f"error: no such checkpoint folder: '{folder}'")
+    try:
+        json.loads((folder / "trainer_state.json").read_text())
+        for name in ("optimizer.pt", "scheduler.pt"):
+            if (folder / name).exists() and not zipfile.is_zipfile(folder / name):
+                raise ValueError(f"{name} is cut off")
+        if not has_weights(folder) and not any(folder.glob("pytorch_model_fsdp*")):
+            raise ValueError(f"none of {', '.join(WEIGHTS)} is there")
+        shards = {file.name for file in folder.glob("*.safetensors")}
+        if (index := folder / "model.safetensors.index.json").exists():
+            shards |= set(json.loads(index.read_text())["weight_map"].values())
+        for name in shards:
+            with safe_open(folder / name, framework="pt"):  # compares the header with the file's length
+                pass
+    except Exception as error:  # missing, cut off, not JSON: each library has its own
+        raise SystemExit(
+            f"error: checkpoint '{folder}' is damaged: {error}; with it deleted, the run goes on from the one before"
+        ) from error
+
+
+# Data
+
+
+def read_documents(run: Run, args: TrainingArguments) -> tuple[Any, Any]:
+    """The training documents and the held-out ones (or None)."""
+    documents = load_documents(run.data, run.text_column, run.streaming)
+    if run.eval_data is not None:
+        return documents, load_documents(run.eval_data, run.text_column, run.streaming)
+    if run.eval_fraction is None:
+        return documents, None
+    if len(documents) < 2:
+        raise SystemExit("error: eval_fraction holds out whole documents, and data is a single one: give eval_data")
+    held_out = max(1, round(run.eval_fraction * len(documents)))
+    parts = documents.train_test_split(test_size=held_out, seed=args.seed)
+    return parts["train"], parts["test"]
+
+
+def choose_tokenizer(run: Run, checkpoint: str | None, documents: Any) -> tuple[PreTrainedTokenizerBase, bool]:
+    """The tokenizer, and whether it was trained for this run, so that the model's vocabulary follows it."""
+    if checkpoint and run.tokenizer is None and any(Path(checkpoint).glob("tokenizer*")):
+        return load_tokenizer(checkpoint), is_from_scratch(run)
+    if run.tokenizer is not None:
+        tokenizer = load_tokenizer(run.tokenizer)
+    elif is_from_scratch(run):
+        return train_tokenizer(documents, run.vocab_size or load_config(run.model).vocab_size), True
+    else:
+        tokenizer = load_tokenizer(run.model)
+    if tokenizer.eos_token_id is None:
+        raise SystemExit(f"error: tokenizer '{run.tokenizer or run.model}' has no eos_token to end a document with")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, False
+
+
+def train_tokenizer(documents: Any, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: any text can be written in its tokens, and comes back exactly."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + 2:
+        raise SystemExit(f"error: vocab_size is {vocab_size}; a byte-level BPE needs at least {len(alphabet) + 2}")
+
+    def texts() -> Iterator[str]:
+        characters = 0
+        for row in documents:
+            if row["text"] and characters < TOKENIZER_TRAINING_CHARACTERS:
+                yield row["text"][:TOKENIZER_TRAINING_CHARACTERS]
+                characters += len(row["text"])
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT, PADDING], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def pack(documents: Any, tokenizer: Any, block_size: int, name: str, streaming: bool, say: Any) -> Any:
+    """The documents as blocks of exactly block_size tokens; says how many there are, and what is left over."""
+    arguments = {"documents": documents, "tokenizer": tokenizer, "block_size": block_size}
+    if streaming:
+        blocks = IterableDataset.from_generator(packed_blocks, gen_kwargs=arguments)
+        return blocks.filter(functools.partial(is_full, block_size=block_size))
+    blocks = Dataset.from_generator(packed_blocks, gen_kwargs=arguments)
+    left_over = 0
+    if len(blocks) and (tail := len(blocks[-1]["input_ids"])) < block_size:
+        blocks, left_over = blocks.select(range(len(blocks) - 1)), tail
+    tokens = len(blocks) * block_size + left_over
+    if not len(blocks):
+        raise SystemExit(
+            f"error: the {name} text has {tokens:,} tokens, less than one block (block_size {block_size:,})"
+        )
+    say(
+        f"{name}: {len(documents):,} documents, {tokens:,} tokens, {len(blocks):,} blocks of {block_size:,}; "
+        f"the last {left_over:,} tokens fill no block and are dropped"
+    )
+    return blocks
+
+
+def packed_blocks(documents: Any, tokenizer: Any, block_size: int) -> Iterator[dict[str, list[int]]]:
+    """Blocks of the documents in a row, each led in by the start token; the last block may be shorter.
+
+    A tokenizer whose start and end token differ marks a document's end too.
+    """
+    start, end = start_token_id(tokenizer), tokenizer.eos_token_id
+    ending = [] if end in (start, None) else [end]
+    row: list[int] = []
+    for tokens in tokenise_documents(documents, tokenizer):
+        row += [start, *tokens, *ending]
+        full = len(row) // block_size * block_size
+        for position in range(0, full, block_size):
+            yield {"input_ids": row[position : position + block_size]}
+        del row[:full]
+    if row:
+        yield {"input_ids": row}
+
+
+def is_full(block: dict, block_size: int) -> bool:
+    return len(block["input_ids"]) == block_size
+
+
+def collate(blocks: list[dict]) -> dict[str, torch.Tensor]:
+    # Every position counts. (The library's collator takes padding out of the labels, and with it the end-of-text token
+    # wherever a tokenizer pads with that.)
+    tokens = torch.tensor([block["input_ids"] for block in blocks])
+    return {"input_ids": tokens, "labels": tokens}
+
+
+# Model
+
+
+def is_from_scratch(run: Run) -> bool:
+    folder = Path(run.model).expanduser()
+    return folder.is_dir() and not has_weights(folder)
+
+
+def load_config(name: str) -> Any:
+    folder = Path(name).expanduser()
+    if not (folder / "config.json").is_file():
+        raise SystemExit(f"error: model '{name}' is a folder without config.json")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # not JSON, an unknown model_type, a value the config class refuses
+        raise SystemExit(f"error: '{folder / 'config.json'}' cannot be loaded: {error}") from error
+
+
+def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, trained_here: bool) -> Any:
+    """The model in float32: weights are trained in full precision, training.bf16=true computes in bfloat16."""
+    if is_from_scratch(run):
+        config = load_config(run.model)
+        if trained_here:
+            config.vocab_size = math.ceil(len(tokenizer) / 64) * 64  # a multiple that matrix units like
+        check_vocabulary(config, tokenizer)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    else:
+        model = load_model(run.model, tokenizer, dtype=torch.float32)
+    for config in (model.config, model.generation_config):
+        config.bos_token_id = start_token_id(tokenizer)
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+class Throughput(TrainerCallback):
+    """Tokens per second of training alone: the time of evaluations and checkpoints is left out."""
+
+    seconds = 0.0
+    tokens = 0
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.tokens_before = state.num_input_tokens_seen
+        self.mark = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.perf_counter() - self.mark
+        self.mark = time.perf_counter()
+        self.tokens = state.num_input_tokens_seen - self.tokens_before
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.mark = time.perf_counter()
+
+    on_save = on_evaluate
+
+
+if __name__ == "__main__":
+    main()

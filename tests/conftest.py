@@ -1,0 +1,91 @@
+"""For all tests: no network, caches in a folder that goes away, the scripts importable, small texts, a tiny model."""
+
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+_caches = tempfile.TemporaryDirectory(prefix="constattn-tests-")
+os.environ["HF_HOME"] = _caches.name  # before the libraries read it
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Behind all else: scripts/evaluate.py has the name of a library.
+sys.path.append(str(ROOT / "scripts"))
+
+import datasets  # noqa: E402
+import transformers  # noqa: E402
+
+datasets.disable_progress_bars()
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def evaluate_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "scripts/evaluate.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Twelve English documents of 400 to 2,500 characters, and one that is not ASCII."""
+    from pydoc_data.topics import topics
+
+    names = [name for name in sorted(topics) if len(topics[name]) > 2_000][:12]
+    return [topics[name][: 400 + 190 * number] for number, name in enumerate(names)] + ["naïve café – 数 🙂\n" * 20]
+
+
+@pytest.fixture(scope="session")
+def docs(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSON lines file of `texts`."""
+    file = tmp_path_factory.mktemp("docs") / "docs.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+@pytest.fixture(scope="session")
+def config_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the config.json of a model of two layers, without weights."""
+    folder = tmp_path_factory.mktemp("config")
+    config = {
+        "model_type": "constattn",
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_file(docs: Path, config_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training run of a second; it wants training.output_dir from the command line."""
+    file = tmp_path_factory.mktemp("run") / "run.yaml"
+    file.write_text(
+        f"model: {config_folder}\n"
+        f"data: {docs}\n"
+        "eval_fraction: 0.2\n"
+        "block_size: 64\n"
+        "training: {max_steps: 20, per_device_train_batch_size: 4, learning_rate: 1e-2, logging_steps: 5, seed: 1}\n"
+    )
+    return file
+
+
+@pytest.fixture(scope="session")
+def trained(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of that run."""
+    import train
+
+    folder = tmp_path_factory.mktemp("trained") / "model"
+    train.main([str(run_file), f"training.output_dir={folder}", "training.save_strategy=no"])
+    return folder

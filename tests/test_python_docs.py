@@ -1,0 +1,90 @@
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+import python_docs
+
+SOURCE = '''
+"""About the module."""
+
+def one(a, *, b: int = 1) -> str:
+    """About one.
+
+    More:
+        Indented.
+    """
+
+@decorator
+class Two(Base):
+    """About Two."""
+
+    def silent(self): ...
+
+    async def three(self):
+        """About three."""
+'''
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_docstrings_stand_under_what_they_document():
+    assert python_docs.docstrings(SOURCE.encode()) == (
+        "About the module.\n\n"
+        "def one(a, *, b: int=1) -> str:\n    About one.\n\n    More:\n        Indented.\n\n"
+        "class Two(Base):\n    About Two.\n\n"
+        "async def three(self):\n    About three."
+    )
+    assert python_docs.docstrings(b"print 'Python 2'") == ""
+    assert python_docs.docstrings(b"x = 1") == ""
+
+
+def test_the_documentation_of_this_python(tmp_path: Path):
+    python_docs.main([str(tmp_path / "docs")])
+    train, held_out = read(tmp_path / "docs/train.jsonl"), read(tmp_path / "docs/heldout.jsonl")
+    train_size, held_out_size = (sum(len(row["text"]) for row in rows) for rows in (train, held_out))
+    assert 1_500_000 < train_size + held_out_size < 4_000_000
+    assert 0.04 < held_out_size / (train_size + held_out_size) < 0.12
+
+    names = [row["name"] for row in train + held_out]
+    assert len(set(names)) == len(names)
+    assert not [name for name in names if {"test", "tests", "site-packages"} & set(name.split("/"))]
+    assert {name.split("(")[0] for name in names if not name.endswith(".py")} == {"help"}
+    assert all(name.endswith(".py") for name in (row["name"] for row in held_out))
+    assert "argparse.py" in names
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    library = tmp_path / "library"
+    for number in range(40):
+        (library / "package").mkdir(parents=True, exist_ok=True)
+        (library / f"package/m{number}.py").write_text(f'"""Module {number}, half a pair: \\ud800."""')
+    for folder in ("test", "package/tests", "site-packages/x"):
+        (library / folder).mkdir(parents=True)
+        (library / folder / "skipped.py").write_text('"""Skipped."""')
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(library))
+    return library
+
+
+def test_the_split_is_by_file_and_stable(library: Path, tmp_path: Path):
+    python_docs.main([str(tmp_path / "one")])
+    python_docs.main([str(tmp_path / "two")])
+    for split in ("train", "heldout"):
+        assert (tmp_path / f"one/{split}.jsonl").read_bytes() == (tmp_path / f"two/{split}.jsonl").read_bytes()
+    train, held_out = ({row["name"] for row in read(tmp_path / f"one/{split}.jsonl")} for split in ("train", "heldout"))
+    modules = {f"package/m{number}.py" for number in range(40)}
+    assert {name for name in train if name.endswith(".py")} | held_out == modules
+    assert held_out == {f"package/m{number}.py" for number in (7, 12, 13, 23, 30)}
+    (library / "package/new.py").write_text('"""New."""')
+    python_docs.main([str(tmp_path / "one")])
+    assert held_out <= {row["name"] for row in read(tmp_path / "one/heldout.jsonl")}
+
+
+def test_a_python_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(SystemExit, match="holds no documented Python sources"):
+        python_docs.main([str(tmp_path / "docs")])
+    assert not (tmp_path / "docs").exists()

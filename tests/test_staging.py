@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import pytest
+from staging import staged, staged_file
+
+
+def test_a_folder_that_fails_half_way_leaves_the_good_one(tmp_path: Path):
+    out = tmp_path / "deep" / "out"
+    with staged(out) as folder:
+        (folder / "model").write_text("good")
+        assert not out.exists()
+    with pytest.raises(KeyboardInterrupt), staged(out) as folder:  # noqa: PT012 (the interruption is half-way)
+        (folder / "model").write_text("ba")
+        raise KeyboardInterrupt
+    assert {file.name: file.read_text() for file in out.iterdir()} == {"model": "good"}
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_left_overs_of_a_killed_run_do_not_get_in(tmp_path: Path):
+    killed = staged(tmp_path / "out")
+    (killed.__enter__() / "half").touch()
+    with staged(tmp_path / "out") as folder:
+        (folder / "whole").touch()
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["whole"]
+
+
+def test_other_files_of_the_folder_stay(tmp_path: Path):
+    (tmp_path / "checkpoint-3").mkdir()
+    with staged(tmp_path) as folder:
+        (folder / "model").touch()
+    assert {file.name for file in tmp_path.iterdir()} == {"checkpoint-3", "model"}
+
+
+def test_a_file_that_fails_half_way_leaves_the_good_one(tmp_path: Path):
+    out = tmp_path / "new" / "result.json"
+    with staged_file(out) as file:
+        file.write_text("good")
+    with pytest.raises(KeyboardInterrupt), staged_file(out) as file:  # noqa: PT012 (the interruption is half-way)
+        file.write_text("ba")
+        raise KeyboardInterrupt
+    assert out.read_text() == "good"
+    assert list(out.parent.iterdir()) == [out]

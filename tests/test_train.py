@@ -1,0 +1,311 @@
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import train
+import yaml
+from conftest import ROOT
+from datasets import Dataset
+from documents import load_documents
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+
+
+def run(run_file: Path, *overrides: str) -> dict:
+    return train.main([str(run_file), *overrides])
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "training_summary.json").read_text())
+
+
+# The result
+
+
+def test_training_learns(trained: Path):
+    result = summary(trained)
+    uniform = math.log(320)
+    assert result["eval_loss"] < uniform - 0.5
+    assert result["loss"] < uniform - 0.5
+
+
+def test_the_folder_is_complete(trained: Path, run_file: Path, texts: list[str]):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(trained), AutoTokenizer.from_pretrained(trained)
+    assert tokenizer.is_fast
+    assert len(tokenizer) == model.config.vocab_size == 320
+    assert tokenizer.eos_token == tokenizer.bos_token != tokenizer.pad_token
+    for config in (model.config, model.generation_config):
+        assert config.bos_token_id == config.eos_token_id == tokenizer.eos_token_id
+        assert config.pad_token_id == tokenizer.pad_token_id
+    assert model.config.use_cache
+    assert tokenizer.decode(tokenizer(texts[-1])["input_ids"]) == texts[-1]
+
+    result = summary(trained)
+    assert result["steps"] == 20
+    assert result["tokens"] == 20 * 4 * 64
+    assert result["tokens_per_second"] == pytest.approx(result["tokens"] / result["seconds"])
+    assert result["parameters"] == model.num_parameters()
+    assert result["versions"]["torch"] == torch.__version__
+    assert train.read_run(trained / "training.yaml", []) == train.Run(**result["run"])
+    assert result["run"]["training"]["learning_rate"] == 1e-2  # written 1e-2, which YAML 1.1 takes for text
+
+
+def test_as_a_command_with_settings_of_its_own(run_file: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        ROOT / "scripts/train.py",
+        run_file,
+        f"training.output_dir={out}",
+        "training.max_steps=2",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "training: 10 documents, " in done.stdout
+    assert "held-out: 3 documents, " in done.stdout
+    assert f"tokens/s; written to {out}" in done.stdout
+    assert "'num_input_tokens_seen'" in done.stdout or "2/2" in done.stderr  # the progress
+    assert summary(out)["steps"] == 2
+
+
+def test_a_resumed_run_equals_an_unbroken_one(run_file: Path, tmp_path: Path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    settings = ["training.save_steps=3", "training.max_steps=6", "training.logging_steps=1"]
+    run(run_file, f"training.output_dir={whole}", *settings)
+    broken.mkdir()
+    shutil.copytree(whole / "checkpoint-3", broken / "checkpoint-3")  # all that a run killed after step 3 leaves
+    run(run_file, f"training.output_dir={broken}", *settings, "training.resume_from_checkpoint=true")
+
+    one, other = summary(whole), summary(broken)
+    assert other["tokens_per_second"] * other["seconds"] == pytest.approx(3 * 4 * 64)  # the other three steps alone
+    for key in ("loss", "eval_loss", "tokens", "steps"):
+        assert one[key] == other[key]
+    weights, again = (load_file(folder / "model.safetensors") for folder in (whole, broken))
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, again[name]), name
+
+
+def test_fine_tuning_goes_on_from_the_checkpoint(trained: Path, run_file: Path, tmp_path: Path):
+    frozen = [f"model={trained}", f"training.output_dir={tmp_path / 'out'}", "training.learning_rate=0"]
+    result = run(run_file, *frozen, "training.max_steps=1")
+    assert result["eval_loss"] == pytest.approx(summary(trained)["eval_loss"], abs=1e-6)
+    tokenizers = [AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (trained, tmp_path / "out")]
+    assert tokenizers[0] == tokenizers[1]
+
+
+def test_streaming_trains_on_the_same_text(run_file: Path, docs: Path, tmp_path: Path):
+    result = run(
+        run_file, f"training.output_dir={tmp_path / 'out'}", "streaming=true", "eval_fraction=null", f"eval_data={docs}"
+    )
+    assert result["steps"] == 20
+    assert result["eval_loss"] < math.log(320) - 0.5
+
+
+# Data
+
+
+def test_blocks_are_the_documents_in_a_row(texts: list[str], capsys: pytest.CaptureFixture):
+    tokenizer = train.train_tokenizer([{"text": text} for text in texts], 320)
+    documents = Dataset.from_list([{"text": text} for text in texts])
+    blocks = train.pack(documents, tokenizer, 64, "training", streaming=False, say=print)
+    row = [token for text in texts for token in [tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]]
+    assert [token for block in blocks for token in block["input_ids"]] == row[: len(row) // 64 * 64]
+    assert f"the last {len(row) % 64} tokens fill no block and are dropped" in capsys.readouterr().out
+
+    stream = train.pack(documents.to_iterable_dataset(), tokenizer, 64, "training", streaming=True, say=print)
+    assert list(stream) == list(blocks)
+
+
+def test_every_token_is_a_label_the_end_of_text_too(texts: list[str]):
+    tokenizer = train.train_tokenizer([{"text": text} for text in texts], 320)
+    tokenizer.pad_token = tokenizer.eos_token
+    batch = train.collate([{"input_ids": [tokenizer.eos_token_id, 5, 6]}])
+    assert batch["labels"].tolist() == [[tokenizer.eos_token_id, 5, 6]]
+
+
+def test_a_tokenizer_with_two_ends_marks_both(texts: list[str]):
+    tokenizer = train.train_tokenizer([{"text": text} for text in texts], 320)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    documents = Dataset.from_list([{"text": "ab"}, {"text": "c"}])
+    (block,) = train.packed_blocks(documents, tokenizer, 64)
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert block["input_ids"] == [start, *tokenizer("ab")["input_ids"], end, start, *tokenizer("c")["input_ids"], end]
+
+
+def test_held_out_documents_are_others_and_always_the_same(run_file: Path, docs: Path, tmp_path: Path):
+    def split(seed: int) -> tuple[list[str], list[str]]:
+        settings = [f"training.output_dir={tmp_path}", f"training.seed={seed}", "eval_fraction=0.3"]
+        run = train.read_run(run_file, settings)
+        parts = train.read_documents(run, train.training_arguments(run)[0])
+        return parts[0]["text"][:], parts[1]["text"][:]
+
+    everything = [row["text"] for row in load_documents(str(docs))]
+    training, held_out = split(1)
+    assert sorted(training + held_out) == sorted(everything)
+    assert len(held_out) == 4
+    assert split(1) == (training, held_out)
+    assert split(2) != (training, held_out)
+
+
+def test_the_vocabulary_follows_a_tokenizer_trained_here(run_file: Path, tmp_path: Path):
+    run(run_file, f"training.output_dir={tmp_path}", "training.max_steps=1", "vocab_size=300")
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) == 300
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.vocab_size == 320  # the next multiple of 64
+
+
+# Bad input: one line that names the value, and nothing written
+
+
+def copy_of(folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["blok_size=64"], "unknown key 'blok_size'; the nearest known one is 'block_size'"),
+        (["training.max_step=3"], "unknown key 'training.max_step'; the nearest known one is 'training.max_steps'"),
+        (["max_steps=3"], "unknown key 'max_steps'; the nearest known one is 'training.max_steps'"),
+        (["block_size"], "'block_size' is not of the form key=value"),
+        (["block_size=[1"], "the value of 'block_size=[1' is not YAML"),
+        (["block_size.x=1"], "'block_size' is no mapping"),
+        (["block_size=many"], "block_size is 'many'; it should be int"),
+        (["block_size=1"], "block_size is 1; a block needs at least 2 tokens"),
+        (["training.max_steps=ten"], "training.max_steps is 'ten'; it should be int"),
+        (["training.learning_rate=fast"], "training.learning_rate is 'fast'; it should be float"),
+        (["training=3"], "training is 3; it should be dict"),
+        (["training.lr_scheduler_type=cosinus"], "cosinus is not a valid SchedulerType"),
+        (["training.output_dir=null"], "training.output_dir is not given"),
+        (["data=null"], "data is None; it should be str | dict | list"),
+        (["data=nowhere.txt"], "no such file or folder: 'nowhere.txt'"),
+        (["data=empty.txt"], "'empty.txt' is empty"),
+        (["data=short.txt", "eval_fraction=null"], "tokens, less than one block (block_size 64)"),
+        (["data=short.txt"], "data is a single one: give eval_data"),
+        (["eval_data=short.txt", "eval_fraction=null"], "the held-out text has"),
+        (["eval_data=short.txt"], "eval_data and eval_fraction are both given"),
+        (["eval_fraction=1.5"], "eval_fraction is 1.5; it is a share between 0 and 1"),
+        (["streaming=true", "training.max_steps=-1"], "give training.max_steps"),
+        (["streaming=true"], "cannot be split by eval_fraction: give eval_data"),
+        (["vocab_size=100"], "vocab_size is 100; a byte-level BPE needs at least 258"),
+        (["model=./nowhere"], "no such folder: './nowhere'"),
+        (["model=short.txt"], "'short.txt' is a file"),
+        (["model=no/model"], "'no/model', which is no folder here, read as a Hub id, has no tokenizer"),
+        (["model=."], "model '.' is a folder without config.json"),
+        (["model=bad"], "config.json' cannot be loaded"),
+        (["tokenizer=bad"], "folder 'bad' holds no tokenizer"),
+        (["training.resume_from_checkpoint=true"], "holds no checkpoint-* folder"),
+        (["training.resume_from_checkpoint=nowhere"], "no such checkpoint folder: 'nowhere'"),
+        (["training.report_to=carrier_pigeon"], "carrier_pigeon"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input(run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], says: str):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("Ten words.")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/config.json").write_text('{"model_type": "nobody_knows"}')
+    with pytest.raises(SystemExit) as error:
+        run(run_file, f"training.output_dir={tmp_path / 'out'}", *overrides)
+    assert str(error.value).startswith("error: ")
+    assert says in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [None, "- a list\n", "a: [", b"\xff\xfe"])
+def test_bad_run_files(tmp_path: Path, content: Any):
+    file = tmp_path / "run.yaml"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit, match=r"error: run file '.*run\.yaml'"):
+        run(file)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(trained: Path, config_folder: Path, run_file: Path, tmp_path: Path):
+    small = copy_of(config_folder, tmp_path)
+    config = json.loads((small / "config.json").read_text()) | {"vocab_size": 256}
+    (small / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="the tokenizer has 320 tokens, more than the model's vocab_size of 256"):
+        run(run_file, f"training.output_dir={tmp_path / 'out'}", f"model={small}", f"tokenizer={trained}")
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def test_a_damaged_model_is_not_trained(trained: Path, run_file: Path, tmp_path: Path):
+    damaged = copy_of(trained, tmp_path)
+    settings = [f"training.output_dir={tmp_path / 'out'}", f"model={damaged}"]
+    cut_off(damaged / "model.safetensors")
+    with pytest.raises(SystemExit, match=r"error: folder '.*copy' has no model that can be loaded"):
+        run(run_file, *settings)
+    weights = load_file(trained / "model.safetensors")
+    save_file(dict(list(weights.items())[1:]), damaged / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match=r"do not fit its config\.json: missing_keys"):
+        run(run_file, *settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_not_resumed(run_file: Path, tmp_path: Path, name: str):
+    settings = [f"training.output_dir={tmp_path / 'out'}", "training.max_steps=2"]
+    run(run_file, *settings)
+    cut_off(tmp_path / "out/checkpoint-2" / name)
+    before = contents(tmp_path / "out")
+    with pytest.raises(SystemExit, match=r"error: checkpoint '.*checkpoint-2' is damaged"):
+        run(run_file, *settings, "training.resume_from_checkpoint=true")
+    assert contents(tmp_path / "out") == before
+
+
+def test_checkpoints_of_another_run_are_not_mixed_in(run_file: Path, tmp_path: Path):
+    settings = [f"training.output_dir={tmp_path}", "training.max_steps=1"]
+    run(run_file, *settings)
+    with pytest.raises(SystemExit, match="holds checkpoints of an earlier run; go on from them with"):
+        run(run_file, *settings)
+
+
+def test_a_result_that_cannot_be_written_leaves_the_earlier_one(
+    trained: Path, run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = copy_of(trained, tmp_path)
+    before = contents(out)
+
+    def disk_full(self: Trainer, folder: str) -> None:
+        (Path(folder) / "model.safetensors").write_text("half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Trainer, "save_model", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        run(run_file, f"training.output_dir={out}", "training.save_strategy=no")
+    assert contents(out) == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_shards_of_an_earlier_model_go(trained: Path, run_file: Path, tmp_path: Path):
+    out = copy_of(trained, tmp_path)
+    (out / "model-00002-of-00002.safetensors").touch()
+    run(run_file, f"training.output_dir={out}", "training.save_strategy=no", "training.max_steps=1")
+    assert [file.name for file in out.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+# The files that are shipped
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configuration/training").glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_run_files_are_known_to_train(file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    run = train.read_run(file, [])
+    assert (Path(run.model) / "config.json").is_file()
+    assert f"python scripts/train.py configuration/training/{file.name}" in file.read_text().splitlines()[0]
+    assert yaml.safe_load(file.read_text())["training"]["output_dir"].startswith("runs/")
