@@ -65,11 +65,11 @@ class ShortConvolution(nn.Module):
         x = F.pad(torch.cat([before, x], 1), (0, 0, 0, self.ahead))  # [B,L−1+T,D]
         if cache is not None:
             cache.write("conv", x[:, T:])
+        if lag_limit is None:
+            return F.conv1d(x.transpose(1, 2), self.weight[:, None], groups=x.shape[2]).transpose(1, 2)
         y = x[:, L - 1 :] * self.weight[:, L - 1]
-        for lag in range(1, L):
-            tap = x[:, L - 1 - lag : L - 1 - lag + T]
-            if lag_limit is not None:
-                tap = tap.masked_fill((lag_limit < lag)[..., None], 0.0)
+        for lag in range(1, L):  # tap by tap: each token has its own limit
+            tap = x[:, L - 1 - lag : L - 1 - lag + T].masked_fill((lag_limit < lag)[..., None], 0.0)
             y = torch.addcmul(y, tap, self.weight[:, L - 1 - lag])
         return y
 
@@ -134,7 +134,7 @@ class ConstantAttention(nn.Module):
 
         output = output.transpose(1, 2)  # [B,T,H,V]
         if self.norm is not None:
-            output = self.norm(output)
+            output = self.norm(output.to(self.norm.weight.dtype))  # under autocast they differ
         output = output.reshape(B, T, -1)
         if self.g_proj is not None:
             output = output * F.silu(self.g_proj(hidden_states))
