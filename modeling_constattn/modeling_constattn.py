@@ -639,6 +639,8 @@ class ConstAttnForMaskedLM(ConstAttnPreTrainedModel):
 class ConstAttnForSequenceClassification(ConstAttnPreTrainedModel):
     """One label (or several, or a number) for a text: of a causal model from its last token, else from the mean of all."""
 
+    accepts_loss_kwargs = False  # the loss is a mean over the batch: `Trainer` divides it when it accumulates gradients
+
     def __init__(self, config: ConstAttnConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -686,6 +688,8 @@ class ConstAttnForSequenceClassification(ConstAttnPreTrainedModel):
 class ConstAttnForTokenClassification(ConstAttnPreTrainedModel):
     """A label for each token."""
 
+    accepts_loss_kwargs = False  # the loss is a mean over the batch: `Trainer` divides it when it accumulates gradients
+
     def __init__(self, config: ConstAttnConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -715,6 +719,8 @@ class ConstAttnForTokenClassification(ConstAttnPreTrainedModel):
 
 class ConstAttnForQuestionAnswering(ConstAttnPreTrainedModel):
     """Where an answer starts and ends in the text."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over the batch: `Trainer` divides it when it accumulates gradients
 
     def __init__(self, config: ConstAttnConfig):
         super().__init__(config)

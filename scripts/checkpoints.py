@@ -34,20 +34,30 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(name: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
-    """The causal language model of a folder or Hub id, complete and of a vocabulary that `tokenizer` fits into."""
+def load_model(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    auto_class: Any = AutoModelForCausalLM,
+    new_head: bool = False,
+    **options: Any,
+) -> Any:
+    """The model of a folder or Hub id, complete and of a vocabulary that `tokenizer` fits into.
+
+    With `new_head`, the checkpoint may be of another task: what lies outside the base model may be missing.
+    """
     name = _resolve(name)
     if Path(name).is_dir() and not has_weights(Path(name)):
         raise SystemExit(f"error: folder '{name}' holds no weights ({' or '.join(WEIGHTS[:2])})")
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+        model, report = auto_class.from_pretrained(name, output_loading_info=True, **options)
     except Exception as error:  # a cut-off file, a missing shard, an unknown model_type, not reachable, …
         raise SystemExit(f"error: {_kind(name)} has no model that can be loaded: {_reason(error)}") from error
     for kind in ("missing_keys", "mismatched_keys"):  # from_pretrained only warns and invents these weights
-        if report[kind]:
-            raise SystemExit(
-                f"error: the weights of '{name}' do not fit its config.json: {kind} {sorted(report[kind])}"
-            )
+        faults = sorted(report[kind])
+        if new_head and kind == "missing_keys":
+            faults = [key for key in faults if key.startswith(f"{model.base_model_prefix}.")]
+        if faults:
+            raise SystemExit(f"error: the weights of '{name}' do not fit its config.json: {kind} {faults}")
     check_vocabulary(model.config, tokenizer)
     return model
 

@@ -20,6 +20,7 @@ READERS = {  # file suffix: the reader of `datasets.load_dataset`; a folder cont
     ".txt": "text",
     ".md": "text",
     ".rst": "text",
+    ".csv": "csv",
     ".jsonl": "json",
     ".json": "json",
     ".parquet": "parquet",
@@ -28,17 +29,17 @@ HUB_KEYS = ("path", "name", "split", "data_dir", "data_files", "revision")  # of
 
 
 def load_documents(
-    sources: str | dict | list, text_column: str = "text", streaming: bool = False
+    sources: str | dict | list, text_column: str = "text", streaming: bool = False, label_column: str | None = None
 ) -> Dataset | IterableDataset:
-    """All documents of `sources` in order: a text file is one document, a row of JSON lines or parquet is one.
+    """All documents of `sources` in order: a text file is one document, a row of CSV, JSON lines or parquet is one.
 
     A source is a file, a folder (searched recursively), the id of a Hub dataset (its split "train"), or a mapping of
-    HUB_KEYS for `datasets.load_dataset`.
+    HUB_KEYS for `datasets.load_dataset`. With a label_column, its texts or whole numbers come along as text in "label".
     """
     parts = []
     for source in sources if isinstance(sources, list) else [sources]:
         for dataset, column in _read(source, text_column, streaming):
-            parts.append(_only_text(dataset, column, source))
+            parts.append(_only_text(dataset, column, source, label_column))
     if not parts:
         raise SystemExit("error: no data is named")
     return concatenate_datasets(parts)
@@ -93,16 +94,28 @@ def _from_hub(options: dict, streaming: bool) -> Any:
         ) from error
 
 
-def _only_text(dataset: Any, column: str, source: str | dict) -> Any:
+def _only_text(dataset: Any, column: str, source: str | dict, label_column: str | None) -> Any:
     columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream knows its columns once it has been read
-    if column not in columns:
-        raise SystemExit(f"error: '{source}' has no column '{column}' (text_column), it has {', '.join(columns)}")
+    for key, name in (("text_column", column), ("label_column", label_column)):
+        if name is not None and name not in columns:
+            raise SystemExit(f"error: '{source}' has no column '{name}' ({key}), it has {', '.join(columns)}")
+    labels = None if label_column is None else _labels(dataset, label_column, source)
     if dataset.features and dataset.features[column].dtype not in ("string", "large_string"):
         raise SystemExit(f"error: column '{column}' of '{source}' holds {dataset.features[column].dtype}, not text")
     dataset = dataset.select_columns([column]).rename_columns({column: "text"} if column != "text" else {})
     if dataset.features and dataset.features["text"].dtype != "string":
         dataset = dataset.cast_column("text", Value("string"))  # or it does not join the others
-    return dataset
+    return dataset if labels is None else dataset.add_column("label", labels)
+
+
+def _labels(dataset: Dataset, column: str, source: str | dict) -> list[str]:
+    kind = dataset.features[column].dtype
+    if kind not in ("string", "large_string") and not kind.startswith(("int", "uint")):
+        raise SystemExit(f"error: column '{column}' of '{source}' holds {kind}, not labels (text or whole numbers)")
+    labels = dataset[column][:]
+    if None in labels:
+        raise SystemExit(f"error: row {labels.index(None) + 1} of '{source}' has no {column}")
+    return [str(label) for label in labels]
 
 
 def split_text(stream: TextIO, tokenizer: PreTrainedTokenizerBase, characters: int = 1 << 16) -> Iterator[str]:
@@ -138,8 +151,11 @@ def token_ids(stream: TextIO, tokenizer: PreTrainedTokenizerBase) -> Iterator[in
 
 
 def start_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that stands before a document's first: beginning of text, or else end of text (of the one before)."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+    """The token that stands before a document's first: beginning of text, or else end of text (of the one before).
+
+    Tokenizers of masked language models may have neither, but BERT's [CLS].
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id):
         if token is not None:
             return token
     raise SystemExit(
@@ -149,11 +165,29 @@ def start_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def tokenise_documents(documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """Token ids of each document that holds text, without special tokens; 64 documents at a time, on all cores."""
+    for document in encode_documents(documents, tokenizer):
+        yield document["input_ids"]
+
+
+def encode_documents(
+    documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, words: bool = False
+) -> Iterator[dict[str, list[int]]]:
+    """The "input_ids" of each such document and, with `words`, "starts_word": 1 for each token that begins a word."""
     for batch in documents.iter(batch_size=64):
         texts = [list(split_text(io.StringIO(text), tokenizer)) for text in batch["text"] if text]
         if not texts:
             continue
         pieces = itertools.chain.from_iterable(texts)
-        encoded = iter(tokenizer(list(pieces), add_special_tokens=False, verbose=False)["input_ids"])
+        encoded = tokenizer(list(pieces), add_special_tokens=False, verbose=False)
+        columns = {"input_ids": encoded["input_ids"]}
+        if words:
+            columns["starts_word"] = [
+                [int(word != before) for before, word in itertools.pairwise([None, *encoded.word_ids(number)])]
+                for number in range(len(encoded["input_ids"]))
+            ]
+        rows = {name: iter(column) for name, column in columns.items()}
         for text in texts:
-            yield list(itertools.chain.from_iterable(itertools.islice(encoded, len(text))))
+            yield {
+                name: list(itertools.chain.from_iterable(itertools.islice(column, len(text))))
+                for name, column in rows.items()
+            }

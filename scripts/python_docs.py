@@ -6,10 +6,14 @@ Reads (never imports) the pure-Python modules of the standard library and takes 
 source file, and adds the topics of `pydoc_data.topics` (the language reference behind `help()`), one document each. OUT
 gets train.jsonl and heldout.jsonl, split by source file: a hash of its path decides, so it stays where it is. The
 topics, one file, are all in train.jsonl: they repeat each other, and a topic held out would be half known.
+
+packages_train.jsonl and packages_heldout.jsonl hold single docstrings of the same files, each with the package that it
+is from, to train a classifier on: the packages with at least 100 of them in train.
 """
 
 import argparse
 import ast
+import collections
 import copy
 import hashlib
 import json
@@ -35,6 +39,7 @@ SKIPPED = {
     "__pycache__",
 }
 HELD_OUT = 12  # one source file in this many
+MIN_DOCSTRINGS = 100  # of a package that the classifier is to know
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -42,10 +47,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="folder for train.jsonl and heldout.jsonl")
     out = parser.parse_args(arguments).out
 
-    splits: dict[str, list[dict[str, str]]] = {"train": [], "heldout": []}
-    for path, text in modules(Path(sysconfig.get_path("stdlib"))):
-        text = text.encode("utf-8", "replace").decode("utf-8")  # a docstring may hold half a surrogate pair
-        splits["heldout" if is_held_out(path) else "train"].append({"name": path, "text": text})
+    splits: dict[str, list[dict[str, str]]] = {"train": [], "heldout": [], "packages_train": [], "packages_heldout": []}
+    for path, texts in modules(Path(sysconfig.get_path("stdlib"))):
+        split = "heldout" if is_held_out(path) else "train"
+        splits[split].append({"name": path, "text": "\n\n".join(texts)})
+        package, slash, _ = path.partition("/")
+        if slash:
+            splits[f"packages_{split}"] += [{"package": package, "text": text} for text in texts]
+    counts = collections.Counter(row["package"] for row in splits["packages_train"])
+    for split in ("packages_train", "packages_heldout"):
+        splits[split] = [row for row in splits[split] if counts[row["package"]] >= MIN_DOCSTRINGS]
     if not splits["train"] or not splits["heldout"]:
         raise SystemExit(f"error: {sysconfig.get_path('stdlib')} holds no documented Python sources")
     splits["train"] += [{"name": f"help({name!r})", "text": text} for name, text in sorted(topics.items())]
@@ -59,24 +70,25 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{out / split}.jsonl: {len(documents):,} documents, {size:,} bytes of text")
 
 
-def modules(library: Path) -> Iterator[tuple[str, str]]:
+def modules(library: Path) -> Iterator[tuple[str, list[str]]]:
     for file in sorted(library.rglob("*.py")):
         path = file.relative_to(library)
         if SKIPPED.isdisjoint(path.parts[:-1]):
-            text = docstrings(file.read_bytes())
-            if text:
-                yield path.as_posix(), text
+            texts = docstrings(file.read_bytes())
+            if texts:
+                yield path.as_posix(), texts
 
 
-def docstrings(source: bytes) -> str:
+def docstrings(source: bytes) -> list[str]:
     """The docstrings of a source file in their order, each under the line of code that it documents."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about escapes in old string literals
         try:
             tree = ast.parse(source)
         except (SyntaxError, ValueError):  # a template, or a sample of broken code
-            return ""
-    return "\n\n".join(parts(tree))
+            return []
+    # A docstring may hold half a surrogate pair.
+    return [text.encode("utf-8", "replace").decode("utf-8") for text in parts(tree)]
 
 
 def parts(node: ast.AST) -> Iterator[str]:

@@ -1,19 +1,21 @@
-"""Trains a causal language model, from scratch or from a checkpoint, on text.
+"""Trains a language model or a classifier of texts, from scratch or from a checkpoint.
 
     python scripts/train.py configuration/training/tiny.yaml
     python scripts/train.py configuration/training/tiny.yaml training.max_steps=50 data=[notes/,more.jsonl]
     python scripts/train.py configuration/training/tiny.yaml training.resume_from_checkpoint=true
+    python scripts/train.py configuration/training/tiny-masked.yaml
+    python scripts/train.py configuration/training/tiny-classifier.yaml
 
 The YAML file holds what differs for this run (the fields of `Run` below); key=value arguments, read as YAML, go over
-it. `training` is handed to `transformers.TrainingArguments`. Documents are joined by the end-of-text token and packed
-into blocks of `block_size` tokens. In the end `training.output_dir` holds the model, its tokenizer,
-training_summary.json and the settings as training.yaml, each complete before it takes the place of an earlier one.
+it. `training` is handed to `transformers.TrainingArguments`. For language models, documents are joined by the
+end-of-text token and packed into blocks of `block_size` tokens; a classifier reads one document at a time (tasks.py). In
+the end `training.output_dir` holds the model, its tokenizer, training_summary.json and the settings as training.yaml,
+each complete before it takes the place of an earlier one.
 """
 
 import argparse
 import dataclasses
 import difflib
-import functools
 import json
 import math
 import platform
@@ -30,15 +32,15 @@ from typing import Any
 import torch
 import yaml
 from checkpoints import WEIGHTS, check_vocabulary, has_weights, load_model, load_tokenizer
-from datasets import Dataset, IterableDataset
-from documents import load_documents, start_token_id, tokenise_documents
+from datasets import IterableDataset
+from documents import load_documents, start_token_id
 from huggingface_hub.dataclasses import type_validator
 from safetensors import safe_open
 from staging import staged
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tasks import TASKS
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Trainer,
@@ -51,7 +53,7 @@ from transformers.trainer_utils import get_last_checkpoint
 TOKENIZER_TRAINING_CHARACTERS = (
     200_000_000  # more text than this hardly changes a byte-level BPE and takes long to count
 )
-END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
+END_OF_TEXT, PADDING, MASK = "<|endoftext|>", "<|padding|>", "<|mask|>"
 
 
 @dataclass
@@ -61,23 +63,28 @@ class Run:
     model: str  # folder with a config.json alone: from scratch; with weights, or a Hub id: fine-tuning
     data: (
         str | dict | list
-    )  # text file, folder, .jsonl, .parquet, Hub dataset id, {path: …, name: …, split: …}, or a list
+    )  # text file, folder, .csv, .jsonl, .parquet, Hub dataset id, {path: …, name: …, split: …}, or a list
     training: dict = field(default_factory=dict)  # for TrainingArguments; output_dir is needed
+    task: str = "causal-lm"  # or "masked-lm" or "sequence-classification"
     tokenizer: str | None = (
         None  # folder or Hub id; else the checkpoint's own, else a byte-level BPE is trained on data
     )
     vocab_size: int | None = None  # of a tokenizer trained here; else the vocab_size of the model's config
     eval_data: str | dict | list | None = None  # held-out documents, named like data …
     eval_fraction: float | None = None  # … or the share of the documents in data to hold out, drawn by training.seed
-    text_column: str = "text"  # of JSON lines, parquet and Hub datasets
+    text_column: str = "text"  # of CSV, JSON lines, parquet and Hub datasets
+    label_column: str = "label"  # sequence-classification: texts or whole numbers, one for each text
     streaming: bool = False  # read data while training, for what does not fit the disk; needs training.max_steps
-    block_size: int = 1024  # tokens of one training sequence
+    block_size: int = 1024  # tokens of one training sequence; sequence-classification: the most, longer texts are cut
+    mlm_probability: float = 0.3  # masked-lm: the share of tokens to hide
+    whole_word_mask: bool = False  # masked-lm: hide all tokens of a word or none
 
 
 TRAINING_DEFAULTS = {
     "report_to": "none",
     "logging_steps": 10,
     "include_num_input_tokens_seen": "all",  # tokens/s
+    "remove_unused_columns": False,  # what tasks.py makes, its batches are made of
     "dataloader_pin_memory": torch.cuda.is_available(),  # the library's default warns on a machine without a GPU
 }
 
@@ -95,15 +102,12 @@ def main(arguments: list[str] | None = None) -> dict:
     with args.main_process_first(desc="reading the data"):  # the other processes then find it in the datasets cache
         documents, held_out = read_documents(run, args)
         tokenizer, trained_here = choose_tokenizer(run, checkpoint, documents)
-        blocks = pack(documents, tokenizer, run.block_size, "training", run.streaming, say)
-        eval_blocks = None
-        if held_out is not None:
-            eval_blocks = pack(held_out, tokenizer, run.block_size, "held-out", run.streaming, say)
-    if isinstance(blocks, IterableDataset):
-        blocks = blocks.shuffle(seed=args.seed, buffer_size=1024)
+        data = TASKS[run.task].prepare(run, documents, held_out, tokenizer, args.seed, say)
+    if isinstance(data.rows, IterableDataset):
+        data.rows = data.rows.shuffle(seed=args.seed, buffer_size=1024)
 
     set_seed(args.seed)  # the initial weights
-    model = build_model(run, tokenizer, trained_here)
+    model = build_model(run, tokenizer, trained_here, data.labels)
     say(f"model: {model.num_parameters():,} parameters, {type(model).__name__}, training on {args.device}")
 
     throughput = Throughput()
@@ -111,21 +115,23 @@ def main(arguments: list[str] | None = None) -> dict:
         trainer = Trainer(
             model=model,
             args=args,
-            train_dataset=blocks,
-            eval_dataset=eval_blocks,
-            data_collator=collate,
+            train_dataset=data.rows,
+            eval_dataset=data.held_out,
+            data_collator=data.collate,
+            compute_metrics=TASKS[run.task].compute_metrics,
             processing_class=tokenizer,
             callbacks=[throughput],
         )
     except (RuntimeError, ValueError, ImportError) as error:  # a report_to that is not installed, …
         raise SystemExit(f"error: training: {error}") from error
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    eval_loss = trainer.evaluate()["eval_loss"] if eval_blocks is not None else None
+    metrics = trainer.evaluate() if data.held_out is not None else {}
 
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     summary = {
         "loss": logged[-1] if logged else result.training_loss,  # mean over the last logging_steps
-        "eval_loss": eval_loss,
+        "eval_loss": metrics.get("eval_loss"),
+        **({"eval_accuracy": metrics["eval_accuracy"]} if "eval_accuracy" in metrics else {}),
         "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen,
         "tokens_per_second": throughput.rate,
@@ -134,11 +140,17 @@ def main(arguments: list[str] | None = None) -> dict:
         "device": str(args.device),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
-        "run": {key: value for key, value in dataclasses.asdict(run).items() if value is not None},
+        "run": {
+            key: value
+            for key, value in dataclasses.asdict(run).items()
+            if value is not None and key not in keys_of_other_tasks(run.task)
+        },
     }
     save(trainer, summary)
-    losses = f"loss {summary['loss']:.4f}" + ("" if eval_loss is None else f", held-out loss {eval_loss:.4f}")
-    say(f"{losses}, {throughput.rate:,.0f} tokens/s; written to {args.output_dir}")
+    measured = {"held-out loss": "eval_loss", "held-out accuracy": "eval_accuracy"}
+    losses = [f"loss {summary['loss']:.4f}"]
+    losses += [f"{name} {metrics[key]:.4f}" for name, key in measured.items() if key in metrics]
+    say(f"{', '.join(losses)}, {throughput.rate:,.0f} tokens/s; written to {args.output_dir}")
     return summary
 
 
@@ -207,6 +219,11 @@ def read_run(file: Path, overrides: list[str]) -> Run:
     check_keys(values.get("training", {}), training_types, known, prefix="training.")
 
     run = Run(**values)
+    if run.task not in TASKS:
+        raise SystemExit(f"error: task is '{run.task}'; it should be one of {', '.join(TASKS)}")
+    for key, task in keys_of_other_tasks(run.task).items():
+        if key in values:
+            raise SystemExit(f"error: '{key}' belongs to task {task}, and task is {run.task}")
     if not run.training.get("output_dir"):
         raise SystemExit("error: training.output_dir is not given; it names the folder for the result")
     if run.block_size < 2:
@@ -217,11 +234,20 @@ def read_run(file: Path, overrides: list[str]) -> Run:
         raise SystemExit("error: eval_data and eval_fraction are both given; one of them says what is held out")
     if run.eval_fraction is not None and not 0 < run.eval_fraction < 1:
         raise SystemExit(f"error: eval_fraction is {run.eval_fraction}; it is a share between 0 and 1")
+    if not 0 < run.mlm_probability < 1:
+        raise SystemExit(f"error: mlm_probability is {run.mlm_probability}; it is a share between 0 and 1")
+    if run.streaming and run.task == "sequence-classification":
+        raise SystemExit("error: a streamed dataset does not say which labels it holds: leave streaming out")
     if run.streaming and run.training.get("max_steps", -1) < 1:
         raise SystemExit("error: a streamed dataset has no known end: give training.max_steps")
     if run.streaming and run.eval_fraction is not None:
         raise SystemExit("error: a streamed dataset cannot be split by eval_fraction: give eval_data")
     return run
+
+
+def keys_of_other_tasks(task: str) -> dict[str, str]:
+    """Each such key of the run file, and the task it belongs to."""
+    return {key: name for name, other in TASKS.items() if name != task for key in other.keys}
 
 
 def check_keys(values: dict, types: dict, known: list[str], prefix: str) -> None:
@@ -293,9 +319,10 @@ def check_checkpoint(folder: Path) -> None:
 
 def read_documents(run: Run, args: TrainingArguments) -> tuple[Any, Any]:
     """The training documents and the held-out ones (or None)."""
-    documents = load_documents(run.data, run.text_column, run.streaming)
+    label_column = run.label_column if run.task == "sequence-classification" else None
+    documents = load_documents(run.data, run.text_column, run.streaming, label_column)
     if run.eval_data is not None:
-        return documents, load_documents(run.eval_data, run.text_column, run.streaming)
+        return documents, load_documents(run.eval_data, run.text_column, run.streaming, label_column)
     if run.eval_fraction is None:
         return documents, None
     if len(documents) < 2:
@@ -312,21 +339,28 @@ def choose_tokenizer(run: Run, checkpoint: str | None, documents: Any) -> tuple[
     if run.tokenizer is not None:
         tokenizer = load_tokenizer(run.tokenizer)
     elif is_from_scratch(run):
-        return train_tokenizer(documents, run.vocab_size or load_config(run.model).vocab_size), True
+        vocab_size = run.vocab_size or load_config(run.model).vocab_size
+        return train_tokenizer(documents, vocab_size, with_mask=run.task == "masked-lm"), True
     else:
         tokenizer = load_tokenizer(run.model)
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and run.task == "causal-lm":
         raise SystemExit(f"error: tokenizer '{run.tokenizer or run.model}' has no eos_token to end a document with")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None and run.task == "sequence-classification":
+        raise SystemExit(f"error: tokenizer '{run.tokenizer or run.model}' has no pad_token to fill a batch with")
     return tokenizer, False
 
 
-def train_tokenizer(documents: Any, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(documents: Any, vocab_size: int, with_mask: bool = False) -> PreTrainedTokenizerFast:
     """A byte-level BPE: any text can be written in its tokens, and comes back exactly."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(alphabet) + 2:
-        raise SystemExit(f"error: vocab_size is {vocab_size}; a byte-level BPE needs at least {len(alphabet) + 2}")
+    mask = (
+        [AddedToken(MASK, lstrip=True, special=True)] if with_mask else []
+    )  # a word's token holds the space before it
+    least = len(alphabet) + 2 + len(mask)
+    if vocab_size < least:
+        raise SystemExit(f"error: vocab_size is {vocab_size}; a byte-level BPE needs at least {least}")
 
     def texts() -> Iterator[str]:
         characters = 0
@@ -339,7 +373,10 @@ def train_tokenizer(documents: Any, vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT, PADDING], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PADDING, *mask],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts(), trainer)
     return PreTrainedTokenizerFast(
@@ -348,58 +385,8 @@ def train_tokenizer(documents: Any, vocab_size: int) -> PreTrainedTokenizerFast:
         eos_token=END_OF_TEXT,
         pad_token=PADDING,
         clean_up_tokenization_spaces=False,
+        **({"mask_token": mask[0]} if mask else {}),
     )
-
-
-def pack(documents: Any, tokenizer: Any, block_size: int, name: str, streaming: bool, say: Any) -> Any:
-    """The documents as blocks of exactly block_size tokens; says how many there are, and what is left over."""
-    arguments = {"documents": documents, "tokenizer": tokenizer, "block_size": block_size}
-    if streaming:
-        blocks = IterableDataset.from_generator(packed_blocks, gen_kwargs=arguments)
-        return blocks.filter(functools.partial(is_full, block_size=block_size))
-    blocks = Dataset.from_generator(packed_blocks, gen_kwargs=arguments)
-    left_over = 0
-    if len(blocks) and (tail := len(blocks[-1]["input_ids"])) < block_size:
-        blocks, left_over = blocks.select(range(len(blocks) - 1)), tail
-    tokens = len(blocks) * block_size + left_over
-    if not len(blocks):
-        raise SystemExit(
-            f"error: the {name} text has {tokens:,} tokens, less than one block (block_size {block_size:,})"
-        )
-    say(
-        f"{name}: {len(documents):,} documents, {tokens:,} tokens, {len(blocks):,} blocks of {block_size:,}; "
-        f"the last {left_over:,} tokens fill no block and are dropped"
-    )
-    return blocks
-
-
-def packed_blocks(documents: Any, tokenizer: Any, block_size: int) -> Iterator[dict[str, list[int]]]:
-    """Blocks of the documents in a row, each led in by the start token; the last block may be shorter.
-
-    A tokenizer whose start and end token differ marks a document's end too.
-    """
-    start, end = start_token_id(tokenizer), tokenizer.eos_token_id
-    ending = [] if end in (start, None) else [end]
-    row: list[int] = []
-    for tokens in tokenise_documents(documents, tokenizer):
-        row += [start, *tokens, *ending]
-        full = len(row) // block_size * block_size
-        for position in range(0, full, block_size):
-            yield {"input_ids": row[position : position + block_size]}
-        del row[:full]
-    if row:
-        yield {"input_ids": row}
-
-
-def is_full(block: dict, block_size: int) -> bool:
-    return len(block["input_ids"]) == block_size
-
-
-def collate(blocks: list[dict]) -> dict[str, torch.Tensor]:
-    # Every position counts. (The library's collator takes padding out of the labels, and with it the end-of-text token
-    # wherever a tokenizer pads with that.)
-    tokens = torch.tensor([block["input_ids"] for block in blocks])
-    return {"input_ids": tokens, "labels": tokens}
 
 
 # Model
@@ -410,7 +397,7 @@ def is_from_scratch(run: Run) -> bool:
     return folder.is_dir() and not has_weights(folder)
 
 
-def load_config(name: str) -> Any:
+def load_config(name: str | Path) -> Any:
     folder = Path(name).expanduser()
     if not (folder / "config.json").is_file():
         raise SystemExit(f"error: model '{name}' is a folder without config.json")
@@ -420,21 +407,42 @@ def load_config(name: str) -> Any:
         raise SystemExit(f"error: '{folder / 'config.json'}' cannot be loaded: {error}") from error
 
 
-def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, trained_here: bool) -> Any:
+def build_model(
+    run: Run, tokenizer: PreTrainedTokenizerBase, trained_here: bool, labels: list[str] | None = None
+) -> Any:
     """The model in float32: weights are trained in full precision, training.bf16=true computes in bfloat16."""
+    auto_class = TASKS[run.task].auto_class
     if is_from_scratch(run):
         config = load_config(run.model)
         if trained_here:
             config.vocab_size = math.ceil(len(tokenizer) / 64) * 64  # a multiple that matrix units like
         check_vocabulary(config, tokenizer)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for name, value in label_names(labels).items():
+            setattr(config, name, value)
+        try:
+            model = auto_class.from_config(config, dtype=torch.float32)
+        except ValueError as error:  # a config that does not suit the task
+            raise SystemExit(f"error: model '{run.model}', {run.task}: {error}") from error
     else:
-        model = load_model(run.model, tokenizer, dtype=torch.float32)
-    for config in (model.config, model.generation_config):
-        config.bos_token_id = start_token_id(tokenizer)
-        config.eos_token_id = tokenizer.eos_token_id
-        config.pad_token_id = tokenizer.pad_token_id
+        options = {"dtype": torch.float32, **label_names(labels)}
+        model = load_model(run.model, tokenizer, auto_class, new_head=labels is not None, **options)
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if config is not None:  # a model that cannot generate has none
+            config.bos_token_id = start_token_id(tokenizer) if labels is None else tokenizer.bos_token_id
+            config.eos_token_id = tokenizer.eos_token_id
+            config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def label_names(labels: list[str] | None) -> dict[str, Any]:
+    """What a classifier's config knows of its labels."""
+    if labels is None:
+        return {}
+    return {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: number for number, label in enumerate(labels)},
+        "problem_type": "single_label_classification",
+    }
 
 
 class Throughput(TrainerCallback):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig
 
 from modeling_constattn import ConstAttnConfig
 
@@ -63,17 +63,19 @@ def test_round_trip_through_the_bare_base_class(tmp_path):
         ("350m", 340_000_000, 360_000_000),
         ("1.3b", 1_250_000_000, 1_350_000_000),
         ("heinsen-125m", 124_879_872, 124_879_872),
+        ("tiny-masked", 1_000_000, 2_000_000),
     ],
 )
 def test_shipped_models(name, least, most):
     config = AutoConfig.from_pretrained(MODELS / name)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = (AutoModelForCausalLM if config.is_causal else AutoModelForMaskedLM).from_config(config)
+        assert config.architectures == [type(model).__name__]
     assert least <= model.num_parameters() <= most
 
 
 def test_every_shipped_model_is_tested():
-    assert {path.name for path in MODELS.iterdir()} == {"tiny", "125m", "350m", "1.3b", "heinsen-125m"}
+    assert {path.name for path in MODELS.iterdir()} == {"tiny", "125m", "350m", "1.3b", "heinsen-125m", "tiny-masked"}
 
 
 def test_defaults_are_the_125m_model():

@@ -1,9 +1,12 @@
+import collections
 import json
 import sysconfig
 from pathlib import Path
 
 import pytest
 import python_docs
+import yaml
+from conftest import ROOT
 
 SOURCE = '''
 """About the module."""
@@ -31,14 +34,14 @@ def read(file: Path) -> list[dict[str, str]]:
 
 
 def test_docstrings_stand_under_what_they_document():
-    assert python_docs.docstrings(SOURCE.encode()) == (
-        "About the module.\n\n"
-        "def one(a, *, b: int=1) -> str:\n    About one.\n\n    More:\n        Indented.\n\n"
-        "class Two(Base):\n    About Two.\n\n"
-        "async def three(self):\n    About three."
-    )
-    assert python_docs.docstrings(b"print 'Python 2'") == ""
-    assert python_docs.docstrings(b"x = 1") == ""
+    assert python_docs.docstrings(SOURCE.encode()) == [
+        "About the module.",
+        "def one(a, *, b: int=1) -> str:\n    About one.\n\n    More:\n        Indented.",
+        "class Two(Base):\n    About Two.",
+        "async def three(self):\n    About three.",
+    ]
+    assert python_docs.docstrings(b"print 'Python 2'") == []
+    assert python_docs.docstrings(b"x = 1") == []
 
 
 def test_the_documentation_of_this_python(tmp_path: Path):
@@ -54,6 +57,16 @@ def test_the_documentation_of_this_python(tmp_path: Path):
     assert {name.split("(")[0] for name in names if not name.endswith(".py")} == {"help"}
     assert all(name.endswith(".py") for name in (row["name"] for row in held_out))
     assert "argparse.py" in names
+
+    run = yaml.safe_load((ROOT / "configuration/training/tiny-classifier.yaml").read_text())
+    packages = [read(tmp_path / "docs" / Path(run[key]).name) for key in ("data", "eval_data")]
+    counts = collections.Counter(row[run["label_column"]] for row in packages[0])
+    assert {"asyncio", "email", "tkinter"} <= set(counts)
+    assert min(counts.values()) >= python_docs.MIN_DOCSTRINGS
+    assert {row[run["label_column"]] for row in packages[1]} <= set(counts)
+    held_out_text = "\n\n".join(row["text"] for row in held_out)
+    assert len(packages[1]) > 50
+    assert all(row["text"] in held_out_text for row in packages[1])
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tasks
 import torch
 import train
 import yaml
@@ -114,19 +115,19 @@ def test_streaming_trains_on_the_same_text(run_file: Path, docs: Path, tmp_path:
 def test_blocks_are_the_documents_in_a_row(texts: list[str], capsys: pytest.CaptureFixture):
     tokenizer = train.train_tokenizer([{"text": text} for text in texts], 320)
     documents = Dataset.from_list([{"text": text} for text in texts])
-    blocks = train.pack(documents, tokenizer, 64, "training", streaming=False, say=print)
+    blocks = tasks.pack(documents, tokenizer, 64, "training", streaming=False, say=print)
     row = [token for text in texts for token in [tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]]
     assert [token for block in blocks for token in block["input_ids"]] == row[: len(row) // 64 * 64]
     assert f"the last {len(row) % 64} tokens fill no block and are dropped" in capsys.readouterr().out
 
-    stream = train.pack(documents.to_iterable_dataset(), tokenizer, 64, "training", streaming=True, say=print)
+    stream = tasks.pack(documents.to_iterable_dataset(), tokenizer, 64, "training", streaming=True, say=print)
     assert list(stream) == list(blocks)
 
 
 def test_every_token_is_a_label_the_end_of_text_too(texts: list[str]):
     tokenizer = train.train_tokenizer([{"text": text} for text in texts], 320)
     tokenizer.pad_token = tokenizer.eos_token
-    batch = train.collate([{"input_ids": [tokenizer.eos_token_id, 5, 6]}])
+    batch = tasks.collate([{"input_ids": [tokenizer.eos_token_id, 5, 6]}])
     assert batch["labels"].tolist() == [[tokenizer.eos_token_id, 5, 6]]
 
 
@@ -134,7 +135,7 @@ def test_a_tokenizer_with_two_ends_marks_both(texts: list[str]):
     tokenizer = train.train_tokenizer([{"text": text} for text in texts], 320)
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     documents = Dataset.from_list([{"text": "ab"}, {"text": "c"}])
-    (block,) = train.packed_blocks(documents, tokenizer, 64)
+    (block,) = tasks.packed_blocks(documents, tokenizer, 64)
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert block["input_ids"] == [start, *tokenizer("ab")["input_ids"], end, start, *tokenizer("c")["input_ids"], end]
 
