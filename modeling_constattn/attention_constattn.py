@@ -60,6 +60,9 @@ Precision: log_Z and every difference of exponents is float64, everything else f
 without float64 (MPS) uses float32 throughout.
 """
 
+import functools
+import logging
+import os
 import re
 from typing import NamedTuple
 
@@ -69,6 +72,7 @@ from torch import Tensor
 _CHUNK_SIZE = 64
 _MAX_GROWTH = 60.0  # e^60 = 1e26: what a chunk's log Z may grow by; leaves float32 (1e±38) room for the products
 _NEG_INF = float("-inf")
+_logger = logging.getLogger(__name__)
 
 
 # --------------------------------------------------------------------------------------------------------------- the state
@@ -285,7 +289,9 @@ def constant_attention(
         key_mask: [B,T] bool, True for a real token. A masked token neither adds nor decays.
         is_causal: each token sees itself and the past; else every token sees all of them, and the state given.
         chunk_size: tokens of one block of matrix products; changes speed, not results. Default 64.
-        backend: "auto" or "torch".
+        backend: "torch"; "triton" for the GPU kernels, which no GPU has run yet; "auto" for what the environment variable
+            CONSTATTN_BACKEND says, and where it says nothing, torch. Same results; the bidirectional form without log_decay is
+            plain products either way.
 
     Returns:
         The output [B,H,T,V] in the dtype of ``value`` (0 for a row that has seen nothing), and the state after the last token.
@@ -294,10 +300,9 @@ def constant_attention(
     Raises:
         TypeError: for dtypes that are not floating, or differ, or a mask that is not bool.
         ValueError: for shapes that do not belong together, a positive chunk size missing, or an unknown backend.
+        RuntimeError: if the kernels are asked for by name and cannot run; it says what would help.
     """
     _check_inputs(query, key, value, state, log_decay, key_mask, is_causal)
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"backend={backend!r} is unknown; use 'auto' or 'torch'")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1")
     B, H, T, K = query.shape
@@ -307,8 +312,10 @@ def constant_attention(
     if T == 0:
         return torch.zeros_like(value), state
 
+    kernels = _use_kernels(backend, query.device, K, V, query.dtype) and (is_causal or log_decay is not None)
     compute_dtype = _compute_dtype(value.dtype)
-    q, k, v = query.to(compute_dtype), key.to(compute_dtype), value.to(compute_dtype)
+    dtype = value.dtype if kernels else compute_dtype  # the kernels convert by themselves
+    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
     f = None if log_decay is None else log_decay.to(compute_dtype)
     if key_mask is not None:
         masked = ~key_mask[:, None, :, None]
@@ -320,16 +327,16 @@ def constant_attention(
         if not is_causal and f is None:
             output, state = _attend_totals(q, k, v, state)
         elif T == 1 and is_causal and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *state))):
-            output, state = _attend_step(q, k, v, f, state)
+            output, state = (_attend_step_fused if kernels else _attend_step)(q, k, v, f, state)
         else:
             log_Z0 = state.log_Z.to(_log_dtype(q.device)).reshape(B * H, K)
             mean0 = state.mean.to(compute_dtype).reshape(B * H, K, V)
             q, k, v = (x.reshape(B * H, T, -1) for x in (q, k, v))
             f = None if f is None else f.reshape(B * H, T, -1)
             chunk_size = chunk_size or _CHUNK_SIZE
-            y, lse, log_Z, mean = _chunked(q, k, v, f, log_Z0, mean0, chunk_size)
+            y, lse, log_Z, mean = _chunked(q, k, v, f, log_Z0, mean0, chunk_size, kernels)
             if not is_causal and f is not None:
-                y = _join(y, lse, *_attend_later(q, k, v, f, chunk_size))
+                y = _join(y, lse, *_attend_later(q, k, v, f, chunk_size, kernels))
             output = y.view(B, H, T, V)
             state = ConstAttnState(log_Z.view(B, H, K), mean.view(B, H, K, V))
     return output.to(value.dtype), state
@@ -354,6 +361,18 @@ def _attend_step(
     return _read(q, state), state
 
 
+def _attend_step_fused(
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, state: ConstAttnState
+) -> tuple[Tensor, ConstAttnState]:
+    """`_attend_step` in one launch, on a copy of the state."""
+    B, H, K = state.log_Z.shape
+    log_Z = state.log_Z.to(_log_dtype(q.device)).reshape(B * H, K).clone()
+    mean = state.mean.to(_compute_dtype(v.dtype)).reshape(B * H, K, -1).clone()
+    q, k, v = (x.reshape(B * H, -1) for x in (q, k, v))
+    y = _step(q, k, v, None if f is None else f.reshape(B * H, -1), log_Z, mean)
+    return y.view(B, H, 1, -1), ConstAttnState(log_Z.view(B, H, K), mean.view(B, H, K, -1))
+
+
 def _attend_totals(q: Tensor, k: Tensor, v: Tensor, state: ConstAttnState) -> tuple[Tensor, ConstAttnState]:
     """Not causal: every row reads the totals. O(T·K·V)."""
     peak = _finite(k.detach().amax(2, keepdim=True))
@@ -368,7 +387,7 @@ def _attend_totals(q: Tensor, k: Tensor, v: Tensor, state: ConstAttnState) -> tu
     return _read(q, state), state
 
 
-def _attend_later(q: Tensor, k: Tensor, v: Tensor, f: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+def _attend_later(q: Tensor, k: Tensor, v: Tensor, f: Tensor, chunk_size: int, kernels: bool) -> tuple[Tensor, Tensor]:
     """What each token reads of the tokens after it alone: y [M,T,V] and lse [M,T].
 
     From right to left, token t reads S_t = exp(f_t) ∘ (S_{t+1} + exp(k_{t+1}) v_{t+1}ᵀ) with q_t: the causal form on the reversed
@@ -380,9 +399,9 @@ def _attend_later(q: Tensor, k: Tensor, v: Tensor, f: Tensor, chunk_size: int) -
 
     q = q.to(_log_dtype(q.device)) + f
     log_Z0 = torch.full_like(k[:, 0], _NEG_INF, dtype=q.dtype)
-    mean0 = torch.zeros(*k[:, 0].shape, v.shape[-1], dtype=v.dtype, device=v.device)
+    mean0 = torch.zeros(*k[:, 0].shape, v.shape[-1], dtype=f.dtype, device=v.device)
     y, lse, _, _ = _chunked(
-        q.flip(1), from_right(k, _NEG_INF), from_right(v, 0.0), from_right(f, 0.0), log_Z0, mean0, chunk_size
+        q.flip(1), from_right(k, _NEG_INF), from_right(v, 0.0), from_right(f, 0.0), log_Z0, mean0, chunk_size, kernels
     )
     return y.flip(1), lse.flip(1)
 
@@ -391,8 +410,35 @@ def _join(y_a: Tensor, lse_a: Tensor, y_b: Tensor, lse_b: Tensor) -> Tensor:
     """One softmax over two disjoint sets of tokens from the reads of each: [M,T,V], [M,T] twice → [M,T,V]."""
     empty_a, empty_b = lse_a.isinf(), lse_b.isinf()  # then y is 0, and the other one stands
     share = (lse_b.masked_fill(empty_b, 0.0) - lse_a.masked_fill(empty_a, 0.0)).sigmoid()
-    share = share.masked_fill(empty_a, 1.0).masked_fill(empty_b, 0.0).to(y_a.dtype)
-    return torch.lerp(y_a, y_b, share[..., None])
+    dtype = _compute_dtype(y_a.dtype)
+    share = share.masked_fill(empty_a, 1.0).masked_fill(empty_b, 0.0).to(dtype)
+    return torch.lerp(y_a.to(dtype), y_b.to(dtype), share[..., None])
+
+
+# ---------------------------------------------------------------------------------------------------- the gate to the GPU kernels
+
+
+def _use_kernels(backend: str, device: torch.device, K: int, V: int, dtype: torch.dtype) -> bool:
+    """The one place that decides, see ``backend`` of `constant_attention`. Triton is not imported before it may be used."""
+    source = "backend"
+    if backend == "auto":
+        backend, source = os.environ.get("CONSTATTN_BACKEND", "auto"), "CONSTATTN_BACKEND"
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"{source}={backend!r} is unknown; use 'auto', 'torch' or 'triton'")
+    if backend != "triton":  # not by themselves, until the kernels have been measured on a GPU
+        return False
+    from .triton_constattn import unavailable_reason
+
+    reason = unavailable_reason(device, K, V, dtype)
+    if reason is not None:
+        raise RuntimeError(f"{source}='triton' cannot be had: {reason}")
+    return True
+
+
+@functools.cache
+def _log_path(kernels: bool, device: torch.device) -> None:
+    """Says once for each device which path it takes."""
+    _logger.info("constant attention on %s: %s", device, "Triton kernels" if kernels else "torch path")
 
 
 # --------------------------------------------------------------------------------------------- chunks: states, forward, backward
@@ -621,14 +667,19 @@ _NAMESPACE = re.sub(r"\W", "_", __name__)
 
 @torch.library.custom_op(f"{_NAMESPACE}::chunked", mutates_args=())
 def _chunked(
-    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, log_Z0: Tensor, mean0: Tensor, chunk_size: int
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, log_Z0: Tensor, mean0: Tensor, chunk_size: int, kernels: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _log_path(kernels, v.device)
+    if kernels:
+        from .triton_constattn import chunked_forward
+
+        return chunked_forward(q, k, v, f, log_Z0, mean0, chunk_size)
     y, lse, log_Z, mean = _forward(q, k, v, f, log_Z0, mean0, chunk_size)
     return y.contiguous(), lse.contiguous(), log_Z.clone(), mean.clone()
 
 
 @_chunked.register_fake
-def _(q, k, v, f, log_Z0, mean0, chunk_size):
+def _(q, k, v, f, log_Z0, mean0, chunk_size, kernels):
     return v.new_empty(v.shape), v.new_empty(v.shape[:2], dtype=log_Z0.dtype), log_Z0.clone(), mean0.clone()
 
 
@@ -647,7 +698,15 @@ def _chunked_backward(
     dlog_Z: Tensor,
     dmean: Tensor,
     chunk_size: int,
+    kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if kernels:
+        from .triton_constattn import chunked_backward
+
+        dq, dk, dv, df, dlog_Z0, dmean0 = chunked_backward(
+            q, k, v, f, log_Z0, mean0, y, lse, dy, dlse, dlog_Z, dmean, chunk_size
+        )
+        return dq, dk, dv, q.new_empty(0) if df is None else df, dlog_Z0, dmean0
     dq, dk, dv, df, dlog_Z0, dmean0 = _backward(q, k, v, f, log_Z0, mean0, lse, y, dy, dlse, dlog_Z, dmean, chunk_size)
     df = q.new_empty(0) if df is None else df.contiguous()
     return (
@@ -661,13 +720,13 @@ def _chunked_backward(
 
 
 @_chunked_backward.register_fake
-def _(q, k, v, f, log_Z0, mean0, y, lse, dy, dlse, dlog_Z, dmean, chunk_size):
+def _(q, k, v, f, log_Z0, mean0, y, lse, dy, dlse, dlog_Z, dmean, chunk_size, kernels):
     df = q.new_empty(0) if f is None else f.new_empty(f.shape)
     return *(x.new_empty(x.shape) for x in (q, k, v)), df, log_Z0.new_empty(log_Z0.shape), mean0.new_empty(mean0.shape)
 
 
 def _save_for_backward(ctx, inputs, output):
-    q, k, v, f, log_Z0, mean0, ctx.chunk_size = inputs
+    q, k, v, f, log_Z0, mean0, ctx.chunk_size, ctx.kernels = inputs
     y, lse, _, _ = output
     ctx.save_for_backward(q, k, v, f, log_Z0, mean0, y, lse)
 
@@ -679,11 +738,23 @@ def _run_backward(ctx, dy, dlse, dlog_Z, dmean):
     dlse = torch.zeros_like(lse) if dlse is None else dlse
     dlog_Z = torch.zeros_like(log_Z0) if dlog_Z is None else dlog_Z
     dmean = torch.zeros_like(mean0) if dmean is None else dmean
-    dq, dk, dv, df, dlog_Z0, dmean0 = _chunked_backward(*saved, dy, dlse, dlog_Z, dmean, ctx.chunk_size)
-    return dq, dk, dv, None if f is None else df, dlog_Z0, dmean0, None
+    dq, dk, dv, df, dlog_Z0, dmean0 = _chunked_backward(*saved, dy, dlse, dlog_Z, dmean, ctx.chunk_size, ctx.kernels)
+    return dq, dk, dv, None if f is None else df, dlog_Z0, dmean0, None, None
 
 
 _chunked.register_autograd(_run_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::step", mutates_args=("log_Z", "mean"))
+def _step(q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, log_Z: Tensor, mean: Tensor) -> Tensor:
+    from .triton_constattn import decode_step
+
+    return decode_step(q, k, v, f, log_Z, mean)
+
+
+@_step.register_fake
+def _(q, k, v, f, log_Z, mean):
+    return v.new_empty(v.shape)
 
 
 # --------------------------------------------------------------------------------------------------------------------- bad input

@@ -1,0 +1,438 @@
+"""The next rung of the ladder: the kernels against the torch path in float64. Outputs, final states and every gradient.
+
+On a machine with a GPU the tests run on it. Triton's interpreter runs them on any machine, in a process of its own
+(`test_all_in_the_interpreter`), since it must be chosen before Triton is imported.
+"""
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from packaging.version import Version
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from modeling_constattn import ConstAttnState, constant_attention
+from modeling_constattn import attention_constattn as torch_path
+from modeling_constattn import triton_constattn as kernels
+
+OUTPUT_ERROR, GRADIENT_ERROR = (
+    2e-6,
+    1e-5,
+)  # as in test_attention_constattn; for 16 bits, one unit in the last place of 1
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+needs_kernels = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="no GPU here; test_all_in_the_interpreter runs it on the CPU",
+)
+
+
+@pytest.fixture(autouse=True)
+def interpreter_rounds_to_bfloat16(monkeypatch: pytest.MonkeyPatch):
+    """Where a GPU rounds float32 to bfloat16, Triton 3.9's interpreter cuts it off."""
+    if not INTERPRETED:
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def convert(self, source, dtype):
+        source = self.create_bitcast(source, source.dtype.scalar)  # a copy of the handle; its data is replaced below
+        if dtype.scalar.is_bf16() and source.dtype.scalar.is_fp32():
+            bits = source.data.view("uint32")
+            source.data = (bits + 0x7FFF + ((bits >> 16) & 1)).view("float32")
+        return self.cast_impl(source, dtype)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", convert)
+
+
+# ----------------------------------------------------------------------------------------------- the kernels' exactness
+
+
+def make_inputs(
+    T,
+    scale=1.0,
+    *,
+    decay=None,
+    masked=False,
+    growth=0.0,
+    empty=False,
+    later=False,
+    M=1,
+    K=20,
+    V=24,
+    dtype=torch.float32,
+) -> list[Tensor | None]:
+    """q, k, v, f, log_Z0, mean0 as the kernels take them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def chance(probability, *shape):
+        return torch.rand(*shape, generator=generator) < probability
+
+    q, k, v = normal(M, T, K) * scale, normal(M, T, K) * scale, normal(M, T, V)
+    k = k + growth * torch.arange(T)[:, None]
+    gentle = -0.3 * torch.rand(M, T, K, generator=generator)
+    f = {
+        None: None,
+        "slot": gentle,
+        "head": gentle[:, :, :1],
+        "strong": 300 * gentle,
+        "documents": gentle.masked_fill(chance(0.05, M, T, 1), float("-inf")),
+        "head documents": gentle[:, :, :1].masked_fill(chance(0.05, M, T, 1), float("-inf")),
+        "slot resets": gentle.masked_fill(chance(0.05, M, T, K), float("-inf")),
+    }[decay]
+    log_Z0, mean0 = normal(M, K).double() * scale, normal(M, K, V)
+    if empty:
+        log_Z0, mean0 = torch.full_like(log_Z0, float("-inf")), torch.zeros_like(mean0)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if masked:  # scattered holes, and rows that see nothing at the start
+        mask = chance(0.3, M, T, 1)
+        mask[0, : T // 2] = True
+        k, v = k.masked_fill(mask, float("-inf")), v.masked_fill(mask, 0.0)
+        f = None if f is None else f.masked_fill(mask, 0.0)
+    if later:  # as the bidirectional form reads what comes later: q + f, in float64
+        q = q.double() + normal(M, T, K).double()
+        q = q.masked_fill(chance(0.1, M, T, 1) | chance(0.1, M, T, K), float("-inf"))
+    return [x if x is None else x.to(DEVICE) for x in (q, k, v, f, log_Z0, mean0)]
+
+
+def check(chunk_size=64, **kwargs):
+    inputs = make_inputs(**kwargs)
+    dtype = inputs[2].dtype
+    exact = [x if x is None else x.double().requires_grad_() for x in inputs]
+    expected = torch_path._chunked(*exact, 1, False)  # chunks of one token: the recurrence itself
+    y, lse, log_Z, mean = kernels.chunked_forward(*inputs, chunk_size)
+    assert [x.dtype for x in (y, lse, log_Z, mean)] == [dtype, torch.float64, torch.float64, torch.float32]
+
+    output_error, gradient_error = OUTPUT_ERROR, GRADIENT_ERROR
+    if dtype != torch.float32:
+        output_error = gradient_error = torch.finfo(dtype).eps
+    for name, actual, right in zip(("y", "lse", "log_Z", "mean"), (y, lse, log_Z, mean), expected, strict=True):
+        finite = right.isfinite()
+        assert torch.equal(actual[~finite].double(), right[~finite]), name
+        if finite.any():
+            error = (actual.double() - right)[finite].abs().max() / right[finite].abs().max().clamp_min(1.0)
+            assert error <= output_error, f"{name}: {error:.1e}"
+
+    generator = torch.Generator().manual_seed(1)
+    dy, dlse, dlog_Z, dmean = (
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype).to(DEVICE)
+        for x in (y, lse, log_Z, mean)
+    )
+    leaves = [x for x in exact if x is not None]
+    expected_grads = torch.autograd.grad(expected, leaves, [x.double() for x in (dy, dlse, dlog_Z, dmean)])
+    grads = kernels.chunked_backward(*inputs, y, lse, dy, dlse, dlog_Z, dmean, chunk_size)
+    # As exact as the largest sibling lets it be: where softmax is one-hot, the gradients of query and key vanish.
+    largest = max(grad.abs().max() for grad in expected_grads)
+    expected_grads = iter(expected_grads)
+    for name, x, grad in zip(("dq", "dk", "dv", "df", "dlog_Z0", "dmean0"), inputs, grads, strict=True):
+        if x is None:
+            assert grad is None
+            continue
+        assert (grad.shape, grad.dtype) == (x.shape, x.dtype), name
+        assert grad.isfinite().all(), name
+        error = (grad.double() - next(expected_grads)).abs().max() / largest
+        assert error <= gradient_error, f"{name}: {error:.1e}"
+
+
+@needs_kernels
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 130])
+def test_lengths(T):
+    check(T=T)
+
+
+@needs_kernels
+@pytest.mark.parametrize("decay", ["slot", "head", "strong", "documents", "slot resets"])
+def test_forgetting(decay):
+    check(T=65 if decay == "strong" else 130, decay=decay)
+
+
+@needs_kernels
+@pytest.mark.parametrize("decay", [None, "head documents", "slot resets"])
+def test_masked_and_empty(decay):
+    check(T=130, decay=decay, masked=True, empty=True, M=2)
+
+
+@needs_kernels
+@pytest.mark.parametrize("scale", [20, 1000])
+@pytest.mark.parametrize("decay", [None, "slot", "documents"])
+def test_large_inputs(scale, decay):
+    check(T=130, scale=scale, decay=decay, empty=decay is None)
+
+
+@needs_kernels
+@pytest.mark.parametrize("growth", [3, -3, 100], ids=["up3", "down3", "up100"])
+def test_growing_keys(growth):
+    check(T=65, growth=growth, masked=growth == 3)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("K", "V", "T"), [(40, 70, 65), (1, 1, 18), (256, 3, 17), (3, 256, 17)], ids=lambda n: str(n))
+def test_sizes(K, V, T):
+    check(T=T, K=K, V=V, decay="head" if T == 65 else "documents")
+
+
+@needs_kernels
+@pytest.mark.parametrize("chunk_size", [1, 32])
+def test_chunk_size_changes_nothing(chunk_size):
+    check(chunk_size, T=65, decay="slot")
+
+
+@needs_kernels
+@pytest.mark.parametrize("decay", [None, "documents"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_16_bits(dtype, decay):
+    check(T=130, decay=decay, dtype=dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("decay", ["slot", "head documents"])
+def test_queries_in_float64_and_slots_not_read(decay):
+    check(T=65, scale=1 if decay == "slot" else 1000, decay=decay, later=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("decay", [False, True], ids=["plain", "forgetting"])
+def test_extreme_inputs_stay_finite(decay):
+    generator = torch.Generator().manual_seed(0)
+    extremes = torch.tensor([3e38, -3e38, 1e30, -1e30, 1e-40, 0.0, 1.0, -1.0])
+
+    def draw(*shape):
+        return extremes[torch.randint(len(extremes), shape, generator=generator)].to(DEVICE)
+
+    q, k, f = draw(1, 40, 4), draw(1, 40, 4), -draw(1, 40, 4).abs()
+    v = torch.randn(1, 40, 5, generator=generator).to(DEVICE)
+    log_Z0, mean0 = (
+        torch.full((1, 4), float("-inf"), dtype=torch.float64, device=DEVICE),
+        torch.zeros(1, 4, 5, device=DEVICE),
+    )
+    inputs = (q, k, v, f if decay else None, log_Z0, mean0)
+    outputs = kernels.chunked_forward(*inputs, 64)
+    assert all(x.isfinite().all() for x in outputs)
+    y, lse, log_Z, mean = outputs
+    grads = kernels.chunked_backward(*inputs, y, lse, *(torch.ones_like(x) for x in (y, lse, log_Z, mean)), 64)
+    assert all(x is None or x.isfinite().all() for x in grads)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("decay", [None, "head", "slot resets"])
+def test_decode_step(decay, dtype):
+    q, k, v, f, log_Z, mean = make_inputs(6, 20, decay=decay, masked=True, empty=True, M=2, dtype=dtype)
+    exact = [x if x is None else x.double() for x in (q, k, v, f, log_Z, mean)]
+    expected, _, expected_log_Z, expected_mean = torch_path._chunked(*exact, 1, False)
+    log_Z_pointer, mean_pointer = log_Z.data_ptr(), mean.data_ptr()
+    steps = [
+        kernels.decode_step(*(None if x is None else x[:, t] for x in (q, k, v, f)), log_Z, mean) for t in range(6)
+    ]
+    assert (log_Z.data_ptr(), mean.data_ptr()) == (log_Z_pointer, mean_pointer)  # in place
+    error = OUTPUT_ERROR if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert steps[0].dtype == dtype
+    torch.testing.assert_close(torch.stack(steps, 1).double(), expected, rtol=error, atol=error)
+    torch.testing.assert_close(log_Z, expected_log_Z, rtol=OUTPUT_ERROR, atol=OUTPUT_ERROR)
+    torch.testing.assert_close(mean.double(), expected_mean, rtol=OUTPUT_ERROR, atol=OUTPUT_ERROR)
+
+
+@needs_kernels
+def test_decode_step_wants_the_state_itself():
+    q, k, v, _, log_Z, mean = make_inputs(1, M=2)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        kernels.decode_step(q[:, 0], k[:, 0], v[:, 0], None, log_Z, mean.mT.contiguous().mT)
+
+
+# ------------------------------------------------------------------------------------------------------------- the gate
+
+
+def attend(backend, function=constant_attention, decay=True, **kwargs):
+    """Everything that comes out of `constant_attention`, with the gradients of its inputs."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, f = (torch.randn(1, 1, 18, n, generator=generator).to(DEVICE) for n in (8, 8, 6, 8))
+    q, k, v, f = (x.requires_grad_() for x in (q, k, v, -f.abs()))
+    key_mask = (torch.rand(1, 18, generator=generator) < 0.8).to(DEVICE)
+    output, state = function(
+        q, k, v, log_decay=f if decay else None, key_mask=key_mask, backend=backend, chunk_size=16, **kwargs
+    )
+    loss = (
+        (output * torch.arange(6, device=DEVICE)).sum() + state.mean.sum() + state.log_Z[state.log_Z.isfinite()].sum()
+    )
+    return output, state, torch.autograd.grad(loss, (q, k, v, f) if decay else (q, k, v))
+
+
+@needs_kernels
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("decay", [True, False], ids=["forgetting", "plain"])
+def test_backends_agree(is_causal, decay):
+    expected, actual = (attend(name, decay=decay, is_causal=is_causal) for name in ("torch", "triton"))
+    torch.testing.assert_close(tree_leaves(actual), tree_leaves(expected))
+
+
+@needs_kernels
+def test_one_token_leaves_the_given_state_alone():
+    state = ConstAttnState(
+        torch.zeros(2, 2, 8, dtype=torch.float64, device=DEVICE), torch.ones(2, 2, 8, 6, device=DEVICE)
+    )
+    q, v = torch.ones(2, 2, 1, 8, device=DEVICE), torch.zeros(2, 2, 1, 6, device=DEVICE)
+    expected, actual = (constant_attention(q, q, v, state, backend=name) for name in ("torch", "triton"))
+    torch.testing.assert_close(actual, expected)
+    assert (state.log_Z == 0).all()
+    assert (state.mean == 1).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+def test_compiled_as_one_graph(is_causal):
+    compiled = torch.compile(lambda *a, **b: constant_attention(*a, **b), fullgraph=True, backend="aot_eager")
+    expected, actual = (attend("triton", f, is_causal=is_causal) for f in (constant_attention, compiled))
+    torch.testing.assert_close(tree_leaves(actual), tree_leaves(expected))
+    with torch.no_grad():
+        q = torch.ones(2, 2, 1, 8, device=DEVICE)
+        expected, actual = (f(q, q, q, backend="triton") for f in (constant_attention, compiled))
+    torch.testing.assert_close(tree_leaves(actual), tree_leaves(expected))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("K", "dtype", "message"),
+    [(8, torch.float64, "not torch.float64"), (257, torch.float32, "up to 256 .* K=257")],
+    ids=["float64", "K257"],
+)
+def test_what_the_kernels_cannot_take(K, dtype, message):
+    q = torch.randn(1, 1, 3, K, dtype=dtype, device=DEVICE)
+    with pytest.raises(RuntimeError, match=f"backend='triton' cannot be had: .*{message}"):
+        constant_attention(q, q, q, backend="triton")
+    torch.testing.assert_close(constant_attention(q, q, q), constant_attention(q, q, q, backend="torch"))
+
+
+def test_unavailable_says_what_would_help(monkeypatch):
+    q = torch.ones(1, 1, 2, 3)
+    if not INTERPRETED and HAS_TRITON:
+        with pytest.raises(
+            RuntimeError, match=r"backend='triton' cannot be had: .* NVIDIA GPU, .* on cpu .*TRITON_INTERPRET=1"
+        ):
+            constant_attention(q, q, q, backend="triton")
+    monkeypatch.setattr(kernels, "triton", None)
+    with pytest.raises(RuntimeError, match=r"Triton is not installed \(pip install triton"):
+        constant_attention(q, q, q, backend="triton")
+
+
+def test_environment_variable(monkeypatch):
+    q = torch.ones(1, 1, 2, 3)
+    monkeypatch.setattr(kernels, "triton", None)
+    monkeypatch.setenv("CONSTATTN_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="CONSTATTN_BACKEND='triton' cannot be had"):
+        constant_attention(q, q, q)
+    constant_attention(q, q, q, backend="torch")  # the argument counts for more
+    monkeypatch.setenv("CONSTATTN_BACKEND", "torch")
+    constant_attention(q, q, q)
+    monkeypatch.setenv("CONSTATTN_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="CONSTATTN_BACKEND='cuda' is unknown; use 'auto', 'torch' or 'triton'"):
+        constant_attention(q, q, q)
+
+
+def test_path_is_logged_once(caplog):
+    caplog.set_level(logging.INFO, "modeling_constattn")
+    torch_path._log_path.cache_clear()
+    q = torch.ones(1, 1, 2, 3)
+    for _ in range(2):
+        constant_attention(q, q, q)
+    assert [record.getMessage() for record in caplog.records] == ["constant attention on cpu: torch path"]
+    if INTERPRETED:
+        for _ in range(2):
+            constant_attention(q, q, q, backend="triton")
+        messages = [record.getMessage() for record in caplog.records[1:]]
+        assert messages == ["constant attention on cpu: Triton kernels"]
+
+
+def test_loads_without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)  # now `import triton` raises ImportError
+    spec = importlib.util.spec_from_file_location("kernels_without_triton", kernels.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert "not installed" in module.unavailable_reason(torch.device("cuda"), 8, 8, torch.float32)
+
+
+# ------------------------------------------------------------------------------------- in the interpreter, and compiled
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.skipif(
+    HAS_TRITON and Version(kernels.triton.__version__) < Version("3.9"), reason="its interpreter fails with this numpy"
+)
+def test_all_in_the_interpreter():
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rs", "--tb=short", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+    assert "no GPU here" not in run.stdout  # what needs the kernels has run
+
+
+class Launch:
+    """Stands in for a kernel and keeps what it is launched with."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self.keep
+
+    def keep(self, *args, **options):
+        self.arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | options  # the rest by name
+
+    def compile(self, capability: int):
+        """Ahead of time, for these very arguments. Returns Triton's compiled kernel."""
+        import triton.compiler
+        from triton.backends.compiler import GPUTarget
+
+        names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
+        signature: dict[str, str] = {}
+        constants: dict[str, Any] = {}
+        for parameter in self.kernel.params:
+            value = self.arguments[parameter.name]
+            if parameter.is_constexpr or value is None:
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+            else:
+                signature[parameter.name] = names[value.dtype] if isinstance(value, Tensor) else "i32"
+        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+        options = {name: value for name, value in self.arguments.items() if name not in signature}
+        source = triton.compiler.ASTSource(self.kernel, signature, constants, aligned)
+        return triton.compiler.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.fixture
+def launches(monkeypatch) -> dict[str, Launch]:
+    """Every kernel of the file, not launched but kept."""
+    found = {name: x for name, x in vars(kernels).items() if name.endswith("_kernel")}
+    launches = {name: Launch(kernel) for name, kernel in found.items()}
+    for name, launch in launches.items():
+        monkeypatch.setattr(kernels, name, launch)
+    return launches
+
+
+@pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="needs Triton's compiler")
+@pytest.mark.parametrize(("capability", "dtype", "decay"), [(80, torch.float32, "head"), (90, torch.bfloat16, "slot")])
+def test_compiles_ahead_of_time(capability, dtype, decay, launches, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", "cpu")
+    q, k, v, f, log_Z0, mean0 = inputs = make_inputs(16, decay=decay, K=16, V=16, dtype=dtype)
+    y, lse, log_Z, mean = kernels.chunked_forward(*inputs, 64)
+    kernels.chunked_backward(*inputs, y, lse, y, lse, log_Z, mean, 64)
+    kernels.decode_step(q[:, 0], k[:, 0], v[:, 0], f[:, 0], log_Z0, mean0)
+    assert len(launches) == 5
+    for launch in launches.values():
+        compiled = launch.compile(capability)
+        assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= 99 * 1024  # what the smallest GPUs of this kind have
