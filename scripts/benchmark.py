@@ -15,8 +15,9 @@ JSON files that are there: running one subcommand again replaces its own results
 
 How it is measured, so that ratios mean something on a machine that does other things as well:
 
-- The contenders take turns (A B C A B C …) after a warm-up, each on inputs of the same length. Times are medians of
-  these runs; a ratio is the median of the ratios of the runs of each turn.
+- The contenders take turns (A B C A B C …) after a warm-up, each on inputs of the same length; before each run, one
+  call is not timed, if calls are short. Times are medians of the runs; a ratio is the median of the ratios of the runs
+  of each turn.
 - Peak memory is what one call allocates for tensors at its peak, its results included, its inputs not: on CUDA by the
   allocator's count, on a CPU by torch's profiler, which leaves out the scratch space of BLAS libraries. There it is not
   taken of Mamba over many tokens, whose loop over tokens makes more events than the profiler should hold.
@@ -103,7 +104,8 @@ QUICK_LENGTHS = {"op": (48, 96), "prefill": (32, 64), "decode": (32, 128), "trai
 BATCH, HEADS, SLOTS, FEATURES = 1, 12, 64, 64  # of the attention alone
 PIECE = 2048  # tokens of a prompt that MODEL_PIECES reads at a time
 MIN_ROUNDS = 3
-RUN_SECONDS = 0.02  # a shorter call of the attention is repeated within a run until the run takes this long
+RUN_SECONDS = 0.05  # a shorter call of the attention is repeated within a run until the run takes this long
+SHORT_SECONDS = 1.0  # a shorter call is made once, untimed, before each run: the run finds its own memory and caches
 TOLERANCE = 0.02  # of parameter counts
 FREE_SHARE = 0.9  # of the free memory that a contender may take
 KEPT_UP_TO = {KEPT_OP: 16_384, KEPT_LAYER: 4096}  # tokens; what is kept grows evenly, longer texts show nothing new
@@ -189,10 +191,12 @@ def sweep(
     bar: tqdm,
     run_seconds: float = 0.0,
     untracked: Sequence[str] = (),
+    steepest: float = 2.0,
 ) -> list[dict]:
     """One row per contender and length, or the reason why it is left out from that length on.
 
     run_seconds: what a run takes at least, by repeated calls. untracked: whose memory is not measured on a CPU.
+    steepest: the power of T by which a contender's cost may grow, as long as one row alone is known.
     """
     rows: list[dict] = []
     past: dict[str, list[dict]] = {name: [] for name in contenders}
@@ -203,7 +207,7 @@ def sweep(
             bar.set_postfix_str(f"{group}, T={length:,}: {name}")
             if name not in left_out:
                 try:
-                    if reason := too_costly(past[name], length, options):
+                    if reason := too_costly(past[name], length, steepest, options):
                         raise Unavailable(reason)
                     calls[name] = prepare(inputs)
                     firsts[name] = first_calls(calls[name], options, name not in untracked)
@@ -225,13 +229,13 @@ def sweep(
     return rows
 
 
-def too_costly(past: Sequence[dict], length: int, options: argparse.Namespace) -> str | None:
-    """The reason why a contender stops, from how its time and memory have grown so far; from one row alone, as T²."""
+def too_costly(past: Sequence[dict], length: int, steepest: float, options: argparse.Namespace) -> str | None:
+    """The reason why a contender stops, from how its time and memory have grown so far."""
     if not past:
         return None
 
     def predicted(quantity: str) -> float:
-        last, growth = max(past[-1][quantity] or 0, 1e-9), 2.0
+        last, growth = max(past[-1][quantity] or 0, 1e-9), steepest
         if len(past) > 1:
             before = max(past[-2][quantity] or 0, 1e-9)
             growth = math.log(last / before) / math.log(past[-1]["length"] / past[-2]["length"])
@@ -307,7 +311,7 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Seconds of every contender's runs, of which the i-th of all were made one after the other."""
     repeats = {name: max(1, math.ceil(run_seconds / max(estimates[name], 1e-6))) for name in calls}
-    one_round = sum(estimates[name] * repeats[name] for name in calls)
+    one_round = sum(seconds * (repeats[name] + (seconds < SHORT_SECONDS)) for name, seconds in estimates.items())
     rounds = max(MIN_ROUNDS, min(rounds, int(options.budget / max(one_round, 1e-6))))
     runs: dict[str, list[float]] = {name: [] for name in calls}
     gc.collect()
@@ -316,6 +320,8 @@ def take_turns(
         with torch._dynamo.config.patch(error_on_recompile=True):
             for _ in range(rounds):
                 for name, call in calls.items():
+                    if estimates[name] < SHORT_SECONDS:
+                        call()
                     runs[name].append(timed(call, options.device, repeats[name]))
     finally:
         gc.enable()
@@ -641,7 +647,7 @@ def trainer(model: Any) -> Callable[[Tensor], Call]:
 def measure_decode(options: argparse.Namespace, lengths: Sequence[int]) -> dict:
     models = build_models(options)
     facts = model_facts(models)
-    room = options.rounds + 8  # tokens that are made after a context
+    room = 2 * options.rounds + 8  # tokens that are made after a context
     contenders: Contenders = {
         MODEL: lambda context: decode_call(models[MODEL], constattn_cache(models[MODEL], context)),
         LLAMA: lambda context: decode_call(models[LLAMA], llama_cache(models[LLAMA], context)),
@@ -652,7 +658,7 @@ def measure_decode(options: argparse.Namespace, lengths: Sequence[int]) -> dict:
     }
     with tqdm(total=len(lengths) + 1, desc="decode", unit="context") as bar:
         torch._dynamo.reset()
-        rows = sweep(TOKEN, contenders, lengths, int, options, bar)
+        rows = sweep(TOKEN, contenders, lengths, int, options, bar, steepest=1.0)
         bar.set_postfix_str(CONTEXTS)
         rows += contexts_in_turn(models[MODEL], lengths, options)
         bar.update()

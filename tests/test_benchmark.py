@@ -320,12 +320,12 @@ def test_peak_memory_of_known_functions(options: argparse.Namespace):
 def test_contenders_take_turns(options: argparse.Namespace):
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    runs = benchmark.take_turns(calls, dict.fromkeys("abc", 1e-3), options, rounds=4)
+    runs = benchmark.take_turns(calls, dict.fromkeys("abc", 2.0), options, rounds=4)
     assert "".join(order) == "abc" * 4
     assert {name: len(times) for name, times in runs.items()} == dict.fromkeys("abc", 4)
     order.clear()
     benchmark.take_turns(calls, {"a": 0.01, "b": 0.004, "c": 1.0}, options, rounds=3, run_seconds=0.012)
-    assert "".join(order) == "aabbbc" * 3  # short calls are repeated within a run
+    assert "".join(order) == "aaabbbbc" * 3  # a short call is made once before its run, and repeated within it
 
 
 def test_rounds_are_fewer_where_they_are_long(options: argparse.Namespace):
@@ -343,7 +343,7 @@ def test_a_row_by_hand():
 def test_costly_contenders_are_foreseen(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch):
     def foreseen(length: int, *past: tuple[int, float, int]) -> str | None:
         rows = [{"length": T, "median": seconds, "peak_bytes": size} for T, seconds, size in past]
-        return benchmark.too_costly(rows, length, argparse.Namespace(**vars(options) | {"budget": 100.0}))
+        return benchmark.too_costly(rows, length, 2.0, argparse.Namespace(**vars(options) | {"budget": 100.0}))
 
     monkeypatch.setattr(benchmark.psutil, "virtual_memory", lambda: argparse.Namespace(available=10_000_000))
     assert foreseen(1024) is None  # nothing is known
