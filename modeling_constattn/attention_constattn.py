@@ -35,11 +35,17 @@ the chunk's end the token weighs exp(k_j + R_j − ref) ≤ 1, a query reads wit
     A = tril( exp(q − R + ref − r) exp(k + R − ref)ᵀ ),   r = the row's maximum of q − R + ref                      [C,C]
     y = ( A v + exp(q − R + ref − r)·carry·mean_start ) / the same with v ≡ 1,   carry = exp(log Z_start + Σf − ref)
 
-This is exact in float32 while no slot's log Z, seen from the chunk's end, grows by more than ``_MAX_GROWTH`` between the
-chunk's first and last row; beyond it early rows underflow. A chunk that grows more is cut in halves, at worst down to single
-tokens, where the growth is 0 and the form is the recurrence itself. The states at the chunks' starts never need that, since a
-state is always written in the units of its own end. A forget of −inf (a document boundary) is an infinite growth, and ends up
-as the first token of its piece, where it empties the carried state.
+This is exact in float32 while the log Z of all slots, seen from the chunk's end, stays within ``_MAX_SPREAD`` from the chunk's
+first row to its last: beyond it early rows underflow, and a float32 exponent is too coarse. A chunk that spreads more is redone
+in float64, which takes ten times as much, and cut in halves, at worst down to single tokens, where the form is the recurrence
+itself. The states at the chunks' starts never need that, since a state is always written in the units of its own end. A forget
+of −inf (a document boundary) is an infinite spread, and ends up as the first token of its piece, where it empties the carried
+state.
+
+Segments
+--------
+A sequence is worked on segment by segment, each of as many chunks as fit the processor's cache: that bounds the memory, and on
+a CPU makes all but the products and exponentials nearly free. A segment's start state is kept for the backward pass.
 
 Gradients
 ---------
@@ -54,14 +60,16 @@ gradient of lse_t itself, which the bidirectional form needs, only lessens δ_t 
     dmean_start  = carry ∘ ( dmean + Σ_t p_t ⊗ dy_t )
     dlog_Z_start = carry ∘ ( dlog_Z + dmean·(mean_start − mean_end) ) + Σ_t x_t
 
-Nothing but the inputs, y and lse is kept between forward and backward.
+Nothing but the inputs, y, lse and the segments' start states is kept between forward and backward.
 
-Precision: log_Z and every difference of exponents is float64, everything else float32 (float64 for float64 inputs). A device
-without float64 (MPS) uses float32 throughout.
+Precision: log_Z, the sums of f and all that is measured against log_Z is float64. Exponents of single tokens are float32, as
+differences from the largest one of their row or chunk, which costs nothing where it matters: close to the largest. Everything
+else is float32 (float64 for float64 inputs). A device without float64 (MPS) uses float32 throughout.
 """
 
 import functools
 import logging
+import math
 import os
 import re
 from typing import NamedTuple
@@ -70,7 +78,15 @@ import torch
 from torch import Tensor
 
 _CHUNK_SIZE = 64
-_MAX_GROWTH = 60.0  # e^60 = 1e26: what a chunk's log Z may grow by; leaves float32 (1e±38) room for the products
+_MAX_SPREAD = {
+    torch.float32: 60.0,
+    torch.float64: 600.0,
+}  # of log Z in a chunk: e^60 = 1e26 leaves float32 room for products
+_MAX_SHIFT = 32.0  # by which float32 exponents may lie below zero where they matter: an error of 2e-6 at most
+_SEGMENT_SIZE = {
+    "cpu": 2**20,
+    "other": 2**25,
+}  # numbers of one [M,N,C,K] tensor: 4 MB, within a CPU's cache; launches are dear
 _NEG_INF = float("-inf")
 _logger = logging.getLogger(__name__)
 
@@ -338,7 +354,7 @@ def constant_attention(
             if not is_causal and f is not None:
                 y = _join(y, lse, *_attend_later(q, k, v, f, chunk_size, kernels))
             output = y.view(B, H, T, V)
-            state = ConstAttnState(log_Z.view(B, H, K), mean.view(B, H, K, V))
+            state = ConstAttnState(log_Z[:, -1].view(B, H, K), mean[:, -1].view(B, H, K, V))
     return output.to(value.dtype), state
 
 
@@ -445,19 +461,26 @@ def _log_path(kernels: bool, device: torch.device) -> None:
 
 
 class _Chunks(NamedTuple):
-    """Chunked inputs ([M,N,C,·], see the module's docstring) and what the states of all chunks say about them."""
+    """Chunked inputs of one segment ([M,N,C,·], see the module's docstring) and what the states of all chunks say about them."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     f: Tensor | None
-    rest: Tensor | None  # R [M,N,C,K or 1], log-space dtype: what the rest of the chunk makes of each token
+    rest: Tensor | None  # R [M,N,C,K or 1]: what the rest of the chunk makes of each token
     w: Tensor  # exp(k + R − ref) [M,N,C,K]
-    ref: Tensor  # log Z at each chunk's end, 0 where nothing has been seen [M,N,1,K]
-    carry: Tensor  # exp(log Z_start + Σf − ref): the share of each end state that was there at the start [M,N,K]
+    ref: Tensor  # log Z at each chunk's end [M,N,1,K], log-space dtype; −inf where nothing has been seen
+    carry: Tensor  # exp(log Z_start + Σf − ref): the share of each end state that was there at the start [M,N,1,K]
     log_Z: Tensor  # [M,N+1,K]: at each chunk's start, then at the end
     mean: Tensor  # [M,N+1,K,V]
-    steep: Tensor  # indices into the M·N chunks of those that grow too much, int64
+    steep: Tensor  # indices into the M·N chunks of those that spread too much, int64
+
+
+def _segments(M: int, T: int, width: int, chunk_size: int, device: torch.device) -> list[slice]:
+    """Whole chunks, as many at a time as `_SEGMENT_SIZE` takes."""
+    size = _SEGMENT_SIZE["cpu" if device.type == "cpu" else "other"]
+    tokens = max(1, size // (M * width * chunk_size)) * chunk_size
+    return [slice(start, min(start + tokens, T)) for start in range(0, T, tokens)]
 
 
 def _chunks(x: Tensor, N: int, C: int, fill: float = 0.0) -> Tensor:
@@ -468,30 +491,56 @@ def _chunks(x: Tensor, N: int, C: int, fill: float = 0.0) -> Tensor:
     return x.contiguous().view(x.shape[0], N, C, x.shape[-1])
 
 
+def _below_peak(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """x less its maximum along ``dim``, in a new tensor, and the maximum; where all are −inf, they stay so."""
+    peak = x.amax(dim, keepdim=True)
+    return x - _finite(peak), peak
+
+
+def _sum_from_end_(x: Tensor) -> Tensor:
+    """Σ_{i≥j} x_i over the C tokens of [M,N,C,·], in place: within blocks of 8, then from block to block. `cumsum` takes thrice as
+    long along this axis, and runs forwards."""
+    block = math.gcd(x.shape[2], 8)
+    blocks = x.unflatten(2, (-1, block))  # a view [M,N,C/8,8,·]
+    for j in reversed(range(block - 1)):
+        blocks[:, :, :, j] += blocks[:, :, :, j + 1]
+    for i in reversed(range(blocks.shape[2] - 1)):
+        blocks[:, :, i] += blocks[:, :, i + 1, :1]
+    return x
+
+
 def _scan_chunks(
     q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, log_Z0: Tensor, mean0: Tensor, chunk_size: int
 ) -> _Chunks:
-    """Cuts a sequence into chunks and computes the state at every chunk's start: exact for any input."""
+    """Cuts a segment into chunks and computes the state at every chunk's start: exact for any input."""
     T = q.shape[1]
     N = -(-T // chunk_size)
     C = -(-T // N)
     q, k, v = _chunks(q, N, C), _chunks(k, N, C, _NEG_INF), _chunks(v, N, C)
     M, _, _, K = k.shape
-    log_dtype = log_Z0.dtype
+    dtype, log_dtype = v.dtype, log_Z0.dtype
 
+    # What each chunk adds, by itself: log Σ_j exp(k_j + R_j) and the mean of its values under these weights.
+    w, peak = _below_peak(k, 2)
+    peak = peak.to(log_dtype)  # [M,N,1,K]
     rest = total_decay = None
     if f is not None:
         f = _chunks(f, N, C)
-        later = f[:, :, 1:].to(log_dtype).flip(2).cumsum(2).flip(2)  # no difference of sums: −inf stays −inf, never NaN
-        rest = torch.nn.functional.pad(later, (0, 0, 0, 1))
-        total_decay = rest[:, :, 0] + f[:, :, 0]  # [M,N,K or 1]
-
-    # What each chunk adds, by itself: log Σ_j exp(k_j + R_j) and the mean of its values under these weights.
-    exponents = k if rest is None else k + rest
-    peak = exponents.amax(2, keepdim=True)  # [M,N,1,K]; −inf where all is masked
-    w = _exp_difference(exponents, _finite(peak), v.dtype)  # ≤ 1
+        later = f.new_zeros(f.shape, dtype=log_dtype)
+        later[:, :, :-1] = f[:, :, 1:]
+        _sum_from_end_(later)  # no difference of sums: −inf stays −inf, never NaN
+        total_decay = later[:, :, 0] + f[:, :, 0]  # [M,N,K or 1]
+        rest = later.to(dtype)
+        w, shift = _below_peak(w.add_(rest), 2)
+        if bool(((shift < -_MAX_SHIFT) & (shift > _NEG_INF)).any()):  # too coarse: the largest keys are forgotten
+            w, peak = _below_peak(k + later, 2)
+            w = w.to(dtype)
+        else:
+            peak = peak + shift
+    w = w.exp_()  # ≤ 1
     added = w.sum(2)  # [M,N,K]; at least 1, or 0 where all is masked
-    log_added = _finite(peak)[:, :, 0].to(log_dtype) + added.to(log_dtype).log()
+    peak = peak.squeeze(2)  # −inf where all is masked
+    log_added = peak + added.clamp_min(1.0).to(log_dtype).log()
     added_mean = torch.matmul(w.transpose(2, 3), v) / added.clamp_min(1.0)[..., None]
 
     # The only sequential part: N steps on [M,K] and [M,K,V].
@@ -500,46 +549,41 @@ def _scan_chunks(
     for n in range(N):
         decayed = log_Z[:, n] if total_decay is None else log_Z[:, n] + total_decay[:, n]
         torch.logaddexp(decayed, log_added[:, n], out=log_Z[:, n + 1])
-    ref = _finite(log_Z[:, 1:])
-    mean = torch.empty(M, N + 1, K, v.shape[-1], dtype=v.dtype, device=k.device)
+    ref = log_Z[:, 1:]
+    finite_ref = _finite(ref)
+    mean = torch.empty(M, N + 1, K, v.shape[-1], dtype=dtype, device=k.device)
     mean[:, 0] = mean0
-    share = (log_added - ref).exp().to(v.dtype)[..., None]  # of the end state, what the chunk added
+    share = (log_added - finite_ref).exp().to(dtype)[..., None]  # of the end state, what the chunk added
     for n in range(N):
         torch.lerp(mean[:, n], added_mean[:, n], share[:, n], out=mean[:, n + 1])
 
     start = log_Z[:, :-1] if total_decay is None else log_Z[:, :-1] + total_decay
-    carry = (start - ref).exp().to(v.dtype)
-    w.mul_((peak[:, :, 0] - ref).exp().to(v.dtype).unsqueeze(2))  # now exp(k + R − ref)
-
-    steep = _steep_chunks(k, f, rest, log_Z, ref) if C > 1 else torch.empty(0, dtype=torch.long, device=k.device)
-    return _Chunks(q, k, v, f, rest, w, ref.unsqueeze(2), carry, log_Z, mean, steep)
+    carry = (start - finite_ref).exp().to(dtype).unsqueeze(2)
+    w.mul_((peak - finite_ref).exp().to(dtype).unsqueeze(2))  # now exp(k + R − ref)
+    return _Chunks(q, k, v, f, rest, w, ref.unsqueeze(2), carry, log_Z, mean, _steep_chunks(k, f, rest, log_Z))
 
 
-def _exp_difference(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp(a − b), the difference taken in the wider dtype of the two and rounded once."""
-    out = torch.empty(torch.broadcast_shapes(a.shape, b.shape), dtype=dtype, device=a.device)
-    return torch.sub(a, b, out=out).exp_()
+def _steep_chunks(k: Tensor, f: Tensor | None, rest: Tensor | None, log_Z: Tensor) -> Tensor:
+    """Which chunks spread by more than `_MAX_SPREAD`: from the smallest slot of the first row to the largest at the end.
 
-
-def _steep_chunks(k: Tensor, f: Tensor | None, rest: Tensor | None, log_Z: Tensor, ref: Tensor) -> Tensor:
-    """Which chunks grow by more than `_MAX_GROWTH` from the first row that holds mass to the end, in any slot.
-
-    Growth is seen from the chunk's end: log Z_1 + R_1 against log Z_C. Not (≤) rather than (>): a NaN is steep, too.
+    Seen from the chunk's end: log Z_1 + R_1 against log Z_C. Not (≤) rather than (>): a NaN is steep, too.
     """
+    if k.shape[2] == 1 and k.dtype == log_Z.dtype:  # the recurrence in the widest dtype takes anything
+        return torch.empty(0, dtype=torch.long, device=k.device)
+    ref = log_Z[:, 1:]
     first = log_Z[:, :-1] if f is None else log_Z[:, :-1] + f[:, :, 0]
     first = torch.logaddexp(first, k[:, :, 0].to(first.dtype))  # log Z at the first row                         [M,N,K]
     empty = first == _NEG_INF
     if rest is not None:
         first = first + rest[:, :, 0]
-        empty = empty & (
-            rest[:, :, 0] > _NEG_INF
-        )  # a slot emptied later in the chunk stays steep: exp(−R) would be infinite
-    if bool(
-        empty.any()
-    ):  # nothing seen yet and a masked token first: measure from the smallest later weight, an upper bound
+        # a slot emptied later in the chunk stays steep: exp(−R) would be infinite
+        empty = empty & (rest[:, :, 0] > _NEG_INF)
+    if bool(empty.any()):
+        # nothing seen yet and a masked token first: measure from the smallest later weight, an upper bound
         lowest = (k if rest is None else k + rest).masked_fill(k == _NEG_INF, float("inf")).amin(2)
-        first = torch.where(empty, lowest.to(first.dtype), first)
-    return (~(ref - first <= _MAX_GROWTH)).any(-1).flatten().nonzero().flatten()
+        first = torch.where(empty, lowest.to(first.dtype), first)  # +inf where nothing comes, either
+    spread = ref.amax(-1) - first.amin(-1)
+    return (~(spread <= _MAX_SPREAD[k.dtype])).flatten().nonzero().flatten()
 
 
 def _pick(x: Tensor, c: _Chunks) -> Tensor:
@@ -548,42 +592,76 @@ def _pick(x: Tensor, c: _Chunks) -> Tensor:
 
 
 def _pick_inputs(c: _Chunks) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """The steep chunks' q, k, v, f and the states at their starts: what `_forward` and `_backward` begin with."""
+    """The steep chunks' q, k, v, f and the states at their starts: what a segment begins with."""
     q, k, v, log_Z, mean = (_pick(x, c) for x in (c.q, c.k, c.v, c.log_Z[:, :-1], c.mean[:, :-1]))
     return q, k, v, None if c.f is None else _pick(c.f, c), log_Z, mean
 
 
-def _forward(
+def _piece_size(c: _Chunks) -> int:
+    """What the steep chunks are cut into: float32 is redone in float64 first."""
+    C = c.k.shape[2]
+    return C if c.k.dtype != c.ref.dtype else -(-C // 2)
+
+
+def _read_exponents(c: _Chunks) -> tuple[Tensor, Tensor]:
+    """q − R + ref less a constant of each row, and that constant in the log-space dtype: [M,N,C,K], [M,N,C,1]."""
+    below, row_peak = _below_peak(c.q, -1)
+    ref, chunk_peak = _below_peak(c.ref, -1)
+    exponents = below.to(c.v.dtype).add_(ref.to(c.v.dtype))
+    if c.rest is not None:
+        exponents.sub_(c.rest)
+    return exponents, _finite(row_peak).to(c.ref.dtype) + _finite(chunk_peak)
+
+
+def _forward_segment(
     q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, log_Z0: Tensor, mean0: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y [M,T,V], lse [M,T], and the end state (log_Z [M,K], mean [M,K,V])."""
     T = v.shape[1]
     c = _scan_chunks(q, k, v, f, log_Z0, mean0, chunk_size)
-    exponents = c.q + c.ref if c.rest is None else c.q - c.rest + c.ref
-    r = _finite(exponents.amax(-1, keepdim=True))  # [M,N,C,1]; a query of −inf reads nothing
-    p = _exp_difference(exponents, r, v.dtype)
+    exponents, r = _read_exponents(c)
+    p, top = _below_peak(exponents, -1)
+    p = p.exp_()
+    r = r + _finite(top)  # [M,N,C,1]; a query of −inf reads nothing
     A = torch.matmul(p, c.w.transpose(2, 3)).tril_()  # [M,N,C,C]
-    numerator = torch.matmul(A, c.v) + torch.matmul(p, c.carry[..., None] * c.mean[:, :-1])
-    denominator = A.sum(-1, keepdim=True) + torch.matmul(p, c.carry[..., None])
+    p.mul_(c.carry)  # the weights of the state at the start
+    denominator = A.sum(-1, keepdim=True) + p.sum(-1, keepdim=True)
+    y = torch.matmul(A, c.v).add_(torch.matmul(p, c.mean[:, :-1]))
     empty = denominator == 0
-    y = numerator / denominator.masked_fill(empty, 1.0)
+    y.div_(denominator.masked_fill(empty, 1.0))
     lse = (r + denominator.to(r.dtype).log()).masked_fill(empty, float("inf")).squeeze(-1)
     if c.steep.numel():
-        y_steep, lse_steep, _, _ = _forward(*_pick_inputs(c), -(-A.shape[-1] // 2))
+        y_steep, lse_steep, _, _ = _forward_segment(*_pick_inputs(c), _piece_size(c))
         y.flatten(0, 1)[c.steep] = y_steep.to(y.dtype)
         lse.flatten(0, 1)[c.steep] = lse_steep
     return y.flatten(1, 2)[:, :T], lse.flatten(1, 2)[:, :T], c.log_Z[:, -1], c.mean[:, -1]
 
 
-def _backward(
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, log_Z0: Tensor, mean0: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y [M,T,V], lse [M,T]; and the states at the G segments' starts, then at the end: log_Z [M,G+1,K], mean [M,G+1,K,V]."""
+    M, T, V = v.shape
+    y = torch.empty_like(v, memory_format=torch.contiguous_format)
+    lse = torch.empty(M, T, dtype=log_Z0.dtype, device=v.device)
+    states = [(log_Z0, mean0)]
+    for s in _segments(M, T, max(q.shape[-1], V), chunk_size, v.device):
+        f_s = None if f is None else f[:, s]
+        y[:, s], lse[:, s], log_Z, mean = _forward_segment(q[:, s], k[:, s], v[:, s], f_s, *states[-1], chunk_size)
+        states.append((log_Z, mean))
+    log_Zs, means = zip(*states, strict=True)
+    return y, lse, torch.stack(log_Zs, 1), torch.stack(means, 1)
+
+
+def _backward_segment(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     f: Tensor | None,
     log_Z0: Tensor,
     mean0: Tensor,
-    lse: Tensor,
     y: Tensor,
+    lse: Tensor,
     dy: Tensor,
     dlse: Tensor,
     dlog_Z_end: Tensor,
@@ -594,17 +672,18 @@ def _backward(
     T = q.shape[1]
     c = _scan_chunks(q, k, v, f, log_Z0, mean0, chunk_size)
     M, N, C, K = c.k.shape
+    dtype = c.v.dtype
     start, end = slice(None, -1), slice(1, None)  # of the states at chunk boundaries
     y, dy, dlse = _chunks(y, N, C), _chunks(dy, N, C), _chunks(dlse[..., None], N, C)
     lse = _chunks(lse[..., None], N, C, float("inf"))
-    exponents = c.q + c.ref if c.rest is None else c.q - c.rest + c.ref
-    p = _exp_difference(
-        exponents, lse, v.dtype
-    )  # ≤ exp(growth)                                                  [M,N,C,K]
-    p_start = p * c.carry.unsqueeze(2)  # the weights of the state at the start
+    exponents, r = _read_exponents(c)
+    p = exponents.sub_(
+        (lse - r).to(dtype)
+    ).exp_()  # ≤ exp(spread)                                              [M,N,C,K]
+    p_start = p * c.carry  # the weights of the state at the start
     P = torch.matmul(
         p, c.w.transpose(2, 3)
-    ).tril_()  # the attention itself                                       [M,N,C,C]
+    ).tril_()  # the attention itself                                     [M,N,C,C]
     g = torch.matmul(dy, c.v.transpose(2, 3))  # still without δ
     g_start = torch.matmul(dy, c.mean[:, start].transpose(2, 3))  # [M,N,C,K]
 
@@ -618,45 +697,75 @@ def _backward(
         exponents = _pick(c.q, c) + _pick(c.log_Z[:, start], c).unsqueeze(1)
         if c.f is not None:
             exponents = exponents + _pick(c.f, c).cumsum(1)
-        p_start.flatten(0, 1)[c.steep] = _exp_difference(exponents, _pick(lse, c), v.dtype)
-        delta.flatten(0, 1)[c.steep] = (_pick(dy, c) * _pick(y, c)).sum(-1, keepdim=True).to(v.dtype)
-    delta = delta - dlse.to(v.dtype)
+        p_start.flatten(0, 1)[c.steep] = (exponents - _pick(lse, c)).exp().to(dtype)
+        delta.flatten(0, 1)[c.steep] = (_pick(dy, c) * _pick(y, c)).sum(-1, keepdim=True).to(dtype)
+    delta = delta - dlse.to(dtype)
     g = g.sub_(delta).tril_()
     x = g_start.sub_(delta).mul_(p_start)
 
     # The only sequential part: the gradients of the states, N steps backwards.
-    dmean = torch.empty(M, N + 1, K, v.shape[-1], dtype=v.dtype, device=v.device)
+    carry = c.carry.squeeze(2)
+    dmean = torch.empty(M, N + 1, K, v.shape[-1], dtype=dtype, device=v.device)
     dmean[:, N] = dmean_end
     added = torch.matmul(p_start.transpose(2, 3), dy)
     for n in reversed(range(N)):
-        torch.addcmul(added[:, n], c.carry[:, n, :, None], dmean[:, n + 1], out=dmean[:, n])
-    dlog_Z = torch.empty(M, N + 1, K, dtype=v.dtype, device=v.device)
+        torch.addcmul(added[:, n], carry[:, n, :, None], dmean[:, n + 1], out=dmean[:, n])
+    dlog_Z = torch.empty(M, N + 1, K, dtype=dtype, device=v.device)
     dlog_Z[:, N] = dlog_Z_end
-    added = x.sum(2) + c.carry * (dmean[:, end] * (c.mean[:, start] - c.mean[:, end])).sum(-1)
+    added = x.sum(2) + carry * (dmean[:, end] * (c.mean[:, start] - c.mean[:, end])).sum(-1)
     for n in reversed(range(N)):
-        torch.addcmul(added[:, n], c.carry[:, n], dlog_Z[:, n + 1], out=dlog_Z[:, n])
+        torch.addcmul(added[:, n], carry[:, n], dlog_Z[:, n + 1], out=dlog_Z[:, n])
 
-    dv = torch.matmul(P.transpose(2, 3), dy) + torch.matmul(c.w, dmean[:, end])
+    dv = torch.matmul(P.transpose(2, 3), dy).add_(torch.matmul(c.w, dmean[:, end]))
     dq = torch.matmul(g, c.w).mul_(p).add_(x)
-    dk = torch.matmul(g.transpose(2, 3), p) + torch.matmul(c.v, dmean[:, end].transpose(2, 3))
+    dk = torch.matmul(g.transpose(2, 3), p).add_(torch.matmul(c.v, dmean[:, end].transpose(2, 3)))
     dk.add_((dlog_Z[:, end] - (dmean[:, end] * c.mean[:, end]).sum(-1)).unsqueeze(2)).mul_(c.w)
     df = None
     if c.f is not None:
-        df = (dq - dk).flip(2).cumsum(2).flip(2) + dlog_Z[:, end].unsqueeze(2)
+        df = _sum_from_end_(dq - dk).add_(dlog_Z[:, end].unsqueeze(2))
         if c.f.shape[-1] == 1:
             df = df.sum(-1, keepdim=True)
     if c.steep.numel():
-        rows = (lse.squeeze(-1), y, dy, dlse.squeeze(-1), dlog_Z[:, end], dmean[:, end])
-        lse_steep, y_steep, dy_steep, dlse_steep, dlog_Z_steep, dmean_steep = (_pick(row, c) for row in rows)
-        parts = _backward(
-            *_pick_inputs(c), lse_steep, y_steep, dy_steep, dlse_steep, dlog_Z_steep, dmean_steep, -(-C // 2)
-        )
+        rows = (y, lse.squeeze(-1), dy, dlse.squeeze(-1), dlog_Z[:, end], dmean[:, end])
+        y, lse, dy, dlse, dlog_Z_end, dmean_end = (_pick(row, c) for row in rows)
+        parts = _backward_segment(*_pick_inputs(c), y, lse, dy, dlse, dlog_Z_end, dmean_end, _piece_size(c))
         for whole, part in zip((dq, dk, dv, df), parts[:4], strict=True):
             if whole is not None and part is not None:
                 whole.flatten(0, 1)[c.steep] = part.to(whole.dtype)
     dq, dk, dv = (grad.flatten(1, 2)[:, :T] for grad in (dq, dk, dv))
     df = None if df is None else df.flatten(1, 2)[:, :T]
     return dq, dk, dv, df, dlog_Z[:, 0], dmean[:, 0]
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor | None,
+    y: Tensor,
+    lse: Tensor,
+    log_Z: Tensor,
+    mean: Tensor,
+    dy: Tensor,
+    dlse: Tensor,
+    dlog_Z: Tensor,
+    dmean: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """The gradients of q, k, v, f and of the state at the start, from what `_forward` took and gave; ``dlog_Z`` [M,K] and
+    ``dmean`` [M,K,V] are those of the state at the end."""
+    M, T, V = v.shape
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    df = None if f is None else torch.empty_like(f, memory_format=torch.contiguous_format)
+    segments = _segments(M, T, max(q.shape[-1], V), chunk_size, v.device)
+    for g, s in reversed(list(enumerate(segments))):
+        f_s = None if f is None else f[:, s]
+        inputs = (q[:, s], k[:, s], v[:, s], f_s, log_Z[:, g], mean[:, g])
+        rows = (y[:, s], lse[:, s], dy[:, s], dlse[:, s])
+        dq[:, s], dk[:, s], dv[:, s], df_s, dlog_Z, dmean = _backward_segment(*inputs, *rows, dlog_Z, dmean, chunk_size)
+        if df is not None:
+            df[:, s] = df_s
+    return dq, dk, dv, df, dlog_Z, dmean
 
 
 # ------------------------------------------------------------ the same as operators, which torch.compile and torch.export see whole
@@ -669,18 +778,22 @@ _NAMESPACE = re.sub(r"\W", "_", __name__)
 def _chunked(
     q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, log_Z0: Tensor, mean0: Tensor, chunk_size: int, kernels: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, lse and the states at the start, at the start of every further segment (torch path), and at the end; see `_forward`."""
     _log_path(kernels, v.device)
     if kernels:
         from .triton_constattn import chunked_forward
 
-        return chunked_forward(q, k, v, f, log_Z0, mean0, chunk_size)
-    y, lse, log_Z, mean = _forward(q, k, v, f, log_Z0, mean0, chunk_size)
-    return y.contiguous(), lse.contiguous(), log_Z.clone(), mean.clone()
+        y, lse, log_Z, mean = chunked_forward(q, k, v, f, log_Z0, mean0, chunk_size)
+        return y, lse, torch.stack([log_Z0, log_Z], 1), torch.stack([mean0, mean], 1)
+    return _forward(q, k, v, f, log_Z0, mean0, chunk_size)
 
 
 @_chunked.register_fake
 def _(q, k, v, f, log_Z0, mean0, chunk_size, kernels):
-    return v.new_empty(v.shape), v.new_empty(v.shape[:2], dtype=log_Z0.dtype), log_Z0.clone(), mean0.clone()
+    M, T, V = v.shape
+    states = 2 if kernels else 1 + len(_segments(M, T, max(q.shape[-1], V), chunk_size, v.device))
+    log_Z, mean = (x.new_empty(M, states, *x.shape[1:]) for x in (log_Z0, mean0))
+    return v.new_empty(v.shape), v.new_empty(v.shape[:2], dtype=log_Z0.dtype), log_Z, mean
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::chunked_backward", mutates_args=())
@@ -689,10 +802,10 @@ def _chunked_backward(
     k: Tensor,
     v: Tensor,
     f: Tensor | None,
-    log_Z0: Tensor,
-    mean0: Tensor,
     y: Tensor,
     lse: Tensor,
+    log_Z: Tensor,
+    mean: Tensor,
     dy: Tensor,
     dlse: Tensor,
     dlog_Z: Tensor,
@@ -704,40 +817,35 @@ def _chunked_backward(
         from .triton_constattn import chunked_backward
 
         dq, dk, dv, df, dlog_Z0, dmean0 = chunked_backward(
-            q, k, v, f, log_Z0, mean0, y, lse, dy, dlse, dlog_Z, dmean, chunk_size
+            q, k, v, f, log_Z[:, 0], mean[:, 0], y, lse, dy, dlse, dlog_Z, dmean, chunk_size
         )
-        return dq, dk, dv, q.new_empty(0) if df is None else df, dlog_Z0, dmean0
-    dq, dk, dv, df, dlog_Z0, dmean0 = _backward(q, k, v, f, log_Z0, mean0, lse, y, dy, dlse, dlog_Z, dmean, chunk_size)
-    df = q.new_empty(0) if df is None else df.contiguous()
-    return (
-        dq.to(q.dtype).contiguous(),
-        dk.contiguous(),
-        dv.contiguous(),
-        df,
-        dlog_Z0.to(log_Z0.dtype, copy=True),
-        dmean0.clone(),
-    )
+    else:
+        dq, dk, dv, df, dlog_Z0, dmean0 = _backward(
+            q, k, v, f, y, lse, log_Z, mean, dy, dlse, dlog_Z, dmean, chunk_size
+        )
+    return dq, dk, dv, q.new_empty(0) if df is None else df, dlog_Z0.to(log_Z.dtype, copy=True), dmean0.clone()
 
 
 @_chunked_backward.register_fake
-def _(q, k, v, f, log_Z0, mean0, y, lse, dy, dlse, dlog_Z, dmean, chunk_size, kernels):
+def _(q, k, v, f, y, lse, log_Z, mean, dy, dlse, dlog_Z, dmean, chunk_size, kernels):
     df = q.new_empty(0) if f is None else f.new_empty(f.shape)
-    return *(x.new_empty(x.shape) for x in (q, k, v)), df, log_Z0.new_empty(log_Z0.shape), mean0.new_empty(mean0.shape)
+    dlog_Z0, dmean0 = (x.new_empty(x.shape) for x in (log_Z[:, 0], mean[:, 0]))
+    return *(x.new_empty(x.shape) for x in (q, k, v)), df, dlog_Z0, dmean0
 
 
 def _save_for_backward(ctx, inputs, output):
-    q, k, v, f, log_Z0, mean0, ctx.chunk_size, ctx.kernels = inputs
-    y, lse, _, _ = output
-    ctx.save_for_backward(q, k, v, f, log_Z0, mean0, y, lse)
+    q, k, v, f, _, _, ctx.chunk_size, ctx.kernels = inputs
+    ctx.save_for_backward(q, k, v, f, *output)
 
 
 def _run_backward(ctx, dy, dlse, dlog_Z, dmean):
     saved = ctx.saved_tensors  # once: checkpointing refuses to unpack them again
-    f, log_Z0, mean0, y, lse = saved[3:]
+    f, y, lse, log_Z, mean = saved[3:]
     dy = torch.zeros_like(y) if dy is None else dy
     dlse = torch.zeros_like(lse) if dlse is None else dlse
-    dlog_Z = torch.zeros_like(log_Z0) if dlog_Z is None else dlog_Z
-    dmean = torch.zeros_like(mean0) if dmean is None else dmean
+    # of the state at the end: the others are nobody's but the backward pass's own
+    dlog_Z = torch.zeros_like(log_Z[:, -1]) if dlog_Z is None else dlog_Z[:, -1]
+    dmean = torch.zeros_like(mean[:, -1]) if dmean is None else dmean[:, -1]
     dq, dk, dv, df, dlog_Z0, dmean0 = _chunked_backward(*saved, dy, dlse, dlog_Z, dmean, ctx.chunk_size, ctx.kernels)
     return dq, dk, dv, None if f is None else df, dlog_Z0, dmean0, None, None
 

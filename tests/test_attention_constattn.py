@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from modeling_constattn import ConstAttnState, constant_attention, quadratic_attention, scan_attention
+from modeling_constattn import (
+    ConstAttnState,
+    attention_constattn,
+    constant_attention,
+    quadratic_attention,
+    scan_attention,
+)
 from modeling_constattn.attention_constattn import _scan_chunks, log_linear_recurrence
 
 OUTPUT_ERROR, GRADIENT_ERROR = 2e-6, 1e-5  # relative to the largest entry, of float32 against the float64 definition
@@ -168,6 +174,22 @@ def test_chunks_long(scale):
 @pytest.mark.parametrize("chunk_size", [1, 7, 64, 1024])
 def test_chunk_size_changes_nothing(chunk_size):
     check_against_definition(make_inputs(130, decay="slot", masked=True), chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("scale", [1, 1000])
+@pytest.mark.parametrize("decay", [None, "slot", "documents"])
+def test_segments_change_nothing(decay, scale, monkeypatch):
+    """Segments of two chunks of 16 tokens, and one left over; the states at their starts are kept for the backward pass."""
+    monkeypatch.setitem(attention_constattn._SEGMENT_SIZE, "cpu", 2 * 16 * 4 * 24)
+    assert len(attention_constattn._segments(4, 75, 24, 16, torch.device("cpu"))) == 3
+    check_against_definition(make_inputs(75, scale, decay=decay), chunk_size=16)
+
+
+def test_sums_from_the_end():
+    for C in (1, 3, 8, 20, 64):
+        x = torch.randn(2, 3, C, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        expected = torch.stack([x[:, :, j:].sum(2) for j in range(C)], 2)
+        torch.testing.assert_close(attention_constattn._sum_from_end_(x), expected)
 
 
 @pytest.mark.parametrize("scale", [1, 20, 1000])

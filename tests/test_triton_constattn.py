@@ -105,11 +105,17 @@ def make_inputs(
     return [x if x is None else x.to(DEVICE) for x in (q, k, v, f, log_Z0, mean0)]
 
 
+def recurrence(*inputs) -> list[torch.Tensor]:
+    """y, lse, log_Z and mean by the torch path with chunks of one token: the recurrence itself."""
+    y, lse, log_Z, mean = torch_path._chunked(*inputs, 1, False)
+    return [y, lse, log_Z[:, -1], mean[:, -1]]
+
+
 def check(chunk_size=64, **kwargs):
     inputs = make_inputs(**kwargs)
     dtype = inputs[2].dtype
     exact = [x if x is None else x.double().requires_grad_() for x in inputs]
-    expected = torch_path._chunked(*exact, 1, False)  # chunks of one token: the recurrence itself
+    expected = recurrence(*exact)
     y, lse, log_Z, mean = kernels.chunked_forward(*inputs, chunk_size)
     assert [x.dtype for x in (y, lse, log_Z, mean)] == [dtype, torch.float64, torch.float64, torch.float32]
 
@@ -229,7 +235,7 @@ def test_extreme_inputs_stay_finite(decay):
 def test_decode_step(decay, dtype):
     q, k, v, f, log_Z, mean = make_inputs(6, 20, decay=decay, masked=True, empty=True, M=2, dtype=dtype)
     exact = [x if x is None else x.double() for x in (q, k, v, f, log_Z, mean)]
-    expected, _, expected_log_Z, expected_mean = torch_path._chunked(*exact, 1, False)
+    expected, _, expected_log_Z, expected_mean = recurrence(*exact)
     log_Z_pointer, mean_pointer = log_Z.data_ptr(), mean.data_ptr()
     steps = [
         kernels.decode_step(*(None if x is None else x[:, t] for x in (q, k, v, f)), log_Z, mean) for t in range(6)
