@@ -3,7 +3,16 @@
 import transformers
 
 from .attention_constattn import ConstAttnState, constant_attention, quadratic_attention, scan_attention
-from .cache_constattn import ConstAttnCacheLayer, cache_nbytes
+from .cache_constattn import (
+    ConstAttnCacheLayer,
+    cache_nbytes,
+    load_cache,
+    read_cache_header,
+    row_lengths,
+    save_cache,
+    split_cache,
+    stack_caches,
+)
 from .configuration_constattn import ConstAttnConfig
 from .modeling_constattn import (
     AUTO_CLASSES,
@@ -35,6 +44,12 @@ __all__ = [
     "ConstAttnState",
     "cache_nbytes",
     "constant_attention",
+    "load_cache",
     "quadratic_attention",
+    "read_cache_header",
+    "row_lengths",
+    "save_cache",
     "scan_attention",
+    "split_cache",
+    "stack_caches",
 ]

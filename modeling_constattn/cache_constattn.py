@@ -1,19 +1,34 @@
-"""The cache layer of constant attention: log S and log Z, and the last inputs of the convolution. Its size never changes."""
+"""The cache layer of constant attention: log S and log Z, and the last inputs of the convolution. Its size never changes.
 
-from typing import cast
+And what a memory of constant size allows: caches as files (`save_cache`, `load_cache`), and many caches as one batch and back
+(`stack_caches`, `split_cache`). To fork, select or copy, Transformers has the methods `batch_repeat_interleave`,
+`batch_select_indices` and `reorder_cache` of a cache, and Python `copy.deepcopy`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import (
     STATIC_LAYER_TYPE_MAPPING,
     Cache,
     CacheLayerMixin,
+    DynamicCache,
+    DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
 )
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_recurrent_attention_mask
 from transformers.utils import is_torchdynamo_compiling
 
 from .attention_constattn import ConstAttnState
+from .configuration_constattn import ConstAttnConfig
 
 
 class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
@@ -25,6 +40,7 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         mean      [B,H,K,V]  float32  }
         conv      [B,L−1,C]  the last inputs of the short convolution, where there is one
         position  [B,hidden] float64, the recurrence of the position embedding: in the first layer of a "heinsen" model
+        behind    [B]        int64, how many tokens fewer than `cumulative_length` each row has seen, where rows differ
 
     Updates are in place, so that compiled graphs find the tensors where they were, unless gradients flow through them.
     """
@@ -162,4 +178,274 @@ def cache_nbytes(cache: Cache) -> int:
     return total
 
 
-__all__ = ["ConstAttnCacheLayer", "cache_nbytes"]
+# -------------------------------------------------------------------------------------------------- rows: one batch of many caches
+
+
+def rows_behind(cache: Cache) -> Tensor | None:
+    """[B]: how many tokens fewer than `cache.get_seq_length()` each row has seen; None where all have seen as many."""
+    return next((layer.tensors["behind"] for layer in cache.layers if "behind" in getattr(layer, "tensors", ())), None)
+
+
+def row_lengths(cache: Cache) -> list[int]:
+    """The tokens that each row of a cache has seen; no rows before the first token."""
+    rows = max((tensor.shape[0] for layer in cache.layers for tensor in _tensors(layer).values()), default=0)
+    behind = rows_behind(cache)
+    seen = int(cache.get_seq_length())
+    return [seen] * rows if behind is None else [seen - short for short in behind.tolist()]
+
+
+def stack_caches(caches: Sequence[Cache]) -> DynamicCache:
+    """Caches of one model as one batch, row after row: `model(next_tokens, past_key_values=stacked)` continues them all.
+
+    The rows may have seen different numbers of tokens. Constant layers do not look at that. Sliding-window layers hold the
+    shorter rows as a left-padded batch does: `forward` without attention_mask and position_ids accounts for it, and `generate()`
+    is given the attention_mask of a left-padded batch, as always. The result shares no memory with the caches given.
+
+    Raises:
+        ValueError: if there is no cache, or one has seen nothing, or their layers differ in kind, shape or dtype; or if rows
+            differ in length and no layer is one of constant attention.
+        TypeError: for layers of another kind than a `DynamicCache` of these models has.
+    """
+    lengths = [row_lengths(cache) for cache in caches]
+    if not all(lengths):
+        raise ValueError(
+            f"of {len(caches)} caches, those with numbers {[i for i, rows in enumerate(lengths) if not rows]} have "
+            "seen nothing yet: there is nothing to stack"
+        )
+    kinds = [[(type(layer), getattr(layer, "sliding_window", None)) for layer in cache.layers] for cache in caches]
+    if not caches or any(other != kinds[0] for other in kinds):
+        raise ValueError("stack_caches needs one or more caches of one model; these have different layers")
+    flat = torch.tensor([length for rows in lengths for length in rows])
+    longest = int(flat.max())
+    stacked = DynamicCache()
+    stacked.layers = []
+    for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+        parts = [_tensors(layer) for layer in layers]
+        joined = {}
+        for name in sorted({name for part in parts for name in part} - {"behind"}):
+            known = next(part[name] for part in parts if name in part)
+            # A window that nothing has gone through yet has no tensors.
+            tensors = [
+                part.get(name, known.new_zeros(len(rows), *known.shape[1:]))
+                for part, rows in zip(parts, lengths, strict=True)
+            ]
+            if isinstance(layers[0], DynamicSlidingWindowLayer):
+                width = min(longest, layers[0].sliding_window - 1)
+                tensors = [_at_right(tensor, width) for tensor in tensors]
+            if len({(*tensor.shape[1:], tensor.dtype) for tensor in tensors}) > 1:
+                found = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors)
+                raise ValueError(f"these caches are of different models: {name} of layer {number} is {found}")
+            joined[name] = torch.cat(tensors)
+        if isinstance(layers[0], ConstAttnCacheLayer) and flat.min() < longest:
+            joined["behind"] = (longest - flat).to(joined["mean"].device)
+        stacked.layers.append(_filled(_empty_like(layers[0]), joined, longest))
+    if flat.min() < longest and rows_behind(stacked) is None:
+        raise ValueError(
+            f"a cache without constant-attention layers cannot hold rows of {int(flat.min())} and {longest} tokens"
+        )
+    return stacked
+
+
+def split_cache(cache: Cache) -> list[DynamicCache]:
+    """Each row of a cache as a cache of its own, the inverse of `stack_caches`. They share no memory."""
+    rows = []
+    for row, length in enumerate(row_lengths(cache)):
+        one = DynamicCache()
+        one.layers = []
+        for layer in cache.layers:
+            tensors = {name: tensor[row : row + 1] for name, tensor in _tensors(layer).items() if name != "behind"}
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                width = min(length, layer.sliding_window - 1)
+                tensors = {name: _at_right(tensor, width) for name, tensor in tensors.items()}
+            one.layers.append(_filled(_empty_like(layer), tensors, length))
+        rows.append(one)
+    return rows
+
+
+def _at_right(window: Tensor, width: int) -> Tensor:
+    """The last `width` tokens of [B,H,S,V], zeros before them where there are fewer."""
+    window = window[:, :, max(0, window.shape[2] - width) :]
+    return torch.nn.functional.pad(window, (0, 0, width - window.shape[2], 0))
+
+
+def _tensors(layer: Any) -> dict[str, Tensor]:
+    """All that a layer remembers."""
+    if isinstance(layer, ConstAttnCacheLayer):
+        return layer.tensors
+    if type(layer) is not DynamicSlidingWindowLayer:
+        raise TypeError(
+            f"a {type(layer).__name__} cannot be saved, stacked or split; use DynamicCache(config=model.config)"
+        )
+    if not layer.is_initialized:
+        return {}
+    # While it records for `crop`, the layer holds more than its window.
+    width = min(layer.keys.shape[2], layer.sliding_window - 1)
+    return {"keys": _at_right(layer.keys, width), "values": _at_right(layer.values, width)}
+
+
+def _empty_like(layer: Any) -> Any:
+    if isinstance(layer, ConstAttnCacheLayer):
+        return ConstAttnCacheLayer()
+    return DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+
+
+def _filled(layer: Any, tensors: dict[str, Tensor], length: int) -> Any:
+    """A new layer with a copy of these tensors, after `length` tokens."""
+    if isinstance(layer, ConstAttnCacheLayer):
+        for name, tensor in tensors.items():
+            layer.write(name, tensor)
+        layer.advance(length)
+    elif tensors:
+        layer.lazy_initialization(tensors["keys"], tensors["values"])
+        layer.keys, layer.values = tensors["keys"].clone(), tensors["values"].clone()
+        layer.cumulative_length = length
+    return layer
+
+
+# ------------------------------------------------------------------------------------------------------------------------- files
+
+_FORMAT, _FORMAT_VERSION = "constattn-cache", "1"
+# Fields of the config that say nothing about what a state holds.
+_OTHER_FIELDS = (
+    "initializer_range",
+    "use_cache",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
+def save_cache(cache: Cache, path: str | os.PathLike, model: Any, notes: dict[str, str] | None = None) -> None:
+    """Writes a cache into one safetensors file, in place of an earlier one only when it is complete.
+
+    The header says which model the state belongs to: the fields of its config that shape or interpret a state and their
+    SHA-256, its dtype, and `weights_sha256`, a fingerprint of 256 evenly spaced numbers of every parameter of the base model
+    (the language-model head does not act on the state). So a state is told from that of another checkpoint of the same config,
+    trained otherwise; a difference in numbers that the fingerprint does not read goes unseen.
+
+    Args:
+        cache: a `DynamicCache` (or any cache of constant layers alone) that this model has filled; any number of rows.
+        path: the file, by custom named ….safetensors.
+        model: a model of this family, with or without a head.
+        notes: further entries of the header.
+
+    Raises:
+        ValueError: if the cache has seen nothing, or a note has the name of an entry.
+        TypeError: for layers of another kind than a `DynamicCache` of these models has.
+    """
+    tensors = {
+        f"layers.{number}.{name}": tensor.detach().contiguous()
+        for number, layer in enumerate(cache.layers)
+        for name, tensor in _tensors(layer).items()
+    }
+    if not tensors:
+        raise ValueError("the cache has seen nothing yet: there is nothing to save")
+    header = _model_header(model) | {
+        "format": _FORMAT,
+        "format_version": _FORMAT_VERSION,
+        "tokens_seen": str(int(cache.get_seq_length())),
+        "rows": str(len(row_lengths(cache))),
+    }
+    clash = header.keys() & (notes or {}).keys()
+    if clash:
+        raise ValueError(f"notes may not name {sorted(clash)}, which the header has already")
+    path = Path(path)
+    incomplete = path.with_name(f".{path.name}.incomplete")
+    try:
+        save_file(tensors, incomplete, header | (notes or {}))
+        incomplete.replace(path)
+    finally:
+        incomplete.unlink(missing_ok=True)
+
+
+def read_cache_header(path: str | os.PathLike) -> dict[str, str]:
+    """The header of a file that `save_cache` wrote, without its tensors.
+
+    Raises:
+        OSError: if the file is not there.
+        ValueError: if it is cut off, or no such file, or of a later format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' cannot be read: it is cut off or no safetensors file ({error})") from error
+    if header.get("format") != _FORMAT:
+        raise ValueError(
+            f"'{path}' holds no cache: its header names the format {header.get('format')!r}, not {_FORMAT!r}"
+        )
+    if header["format_version"] != _FORMAT_VERSION:
+        raise ValueError(
+            f"'{path}' has format version {header['format_version']}, this code reads {_FORMAT_VERSION}: use a later release"
+        )
+    return header
+
+
+def load_cache(path: str | os.PathLike, model: Any) -> DynamicCache:
+    """The cache that `save_cache` wrote, on the devices of the model's layers. Generation goes on from it exactly.
+
+    Raises:
+        OSError: if the file is not there.
+        ValueError: if it is cut off, or no such file, or belongs to another model; it says what differs.
+    """
+    saved, own = read_cache_header(path), _model_header(model)
+    differences = []
+    if saved["config_sha256"] != own["config_sha256"]:
+        theirs, ours = json.loads(saved["config"]), json.loads(own["config"])
+        for name in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(name) != ours.get(name):
+                differences.append(f"{name} is {theirs.get(name)}, the model's {ours.get(name)}")
+    elif saved["dtype"] != own["dtype"]:
+        differences.append(f"dtype is {saved['dtype']}, the model's {own['dtype']}")
+    elif saved["weights_sha256"] != own["weights_sha256"]:
+        differences.append("the weights are others, of the same config")
+    if differences:
+        raise ValueError(
+            f"'{path}' is the state of another model, {saved['model'] or 'unnamed'}: {'; '.join(differences)}"
+        )
+
+    cache = DynamicCache(config=model.config)
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        for number, layer in enumerate(cache.layers):
+            prefix = f"layers.{number}."
+            device = next(model.base_model.layers[number].parameters()).device
+            tensors = {
+                name.removeprefix(prefix): file.get_tensor(name).to(device) for name in names if name.startswith(prefix)
+            }
+            _filled(layer, tensors, int(saved["tokens_seen"]))
+    return cache
+
+
+def _model_header(model: Any) -> dict[str, str]:
+    config = {
+        name: getattr(model.config, name) for name in ConstAttnConfig.__annotations__ if name not in _OTHER_FIELDS
+    }
+    described = json.dumps(config, sort_keys=True)
+    weights = hashlib.sha256()
+    for name, parameter in model.base_model.named_parameters():
+        numbers = parameter.detach().flatten()
+        sample = numbers[:: max(1, len(numbers) // 256)].cpu().double()  # every dtype of weights is exact in float64
+        weights.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return {
+        "model": model.config._name_or_path,
+        "model_type": model.config.model_type,
+        "config": described,
+        "config_sha256": hashlib.sha256(described.encode()).hexdigest(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights_sha256": weights.hexdigest(),
+    }
+
+
+__all__ = [
+    "ConstAttnCacheLayer",
+    "cache_nbytes",
+    "load_cache",
+    "read_cache_header",
+    "row_lengths",
+    "rows_behind",
+    "save_cache",
+    "split_cache",
+    "stack_caches",
+]

@@ -29,7 +29,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_constattn import constant_attention, log_linear_recurrence
-from .cache_constattn import ConstAttnCacheLayer
+from .cache_constattn import ConstAttnCacheLayer, rows_behind
 from .configuration_constattn import ConstAttnConfig
 
 _INITIAL_LOG_DECAY = -0.0433  # log f of a new forget gate, = logsigmoid(0)/16: half-forgotten after 16 tokens
@@ -504,6 +504,12 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
         B, T, _ = inputs_embeds.shape
         sliding = "sliding_attention" in self.config.layer_types
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if sliding and past_key_values is not None and (behind := rows_behind(past_key_values)) is not None:
+            time = torch.arange(seen + T, device=inputs_embeds.device)  # stacked caches: a left-padded batch
+            if attention_mask is None:
+                attention_mask = (time >= behind[:, None]).long()
+            if position_ids is None:
+                position_ids = time[seen:] - behind[:, None]
         if isinstance(attention_mask, dict):  # made by `generate`
             masks = dict(attention_mask)
         else:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import DynamicCache, StaticCache
 
 from modeling_constattn import (
@@ -12,6 +13,12 @@ from modeling_constattn import (
     ConstAttnForCausalLM,
     ConstAttnState,
     cache_nbytes,
+    load_cache,
+    read_cache_header,
+    row_lengths,
+    save_cache,
+    split_cache,
+    stack_caches,
 )
 
 
@@ -167,3 +174,242 @@ def test_refuses_the_cache_of_another_model(model):
     )
     with pytest.raises(ValueError, match=r"layers\[1\] is a DynamicSlidingWindowLayer"):
         model(ids, past_key_values=DynamicCache(config=hybrid))
+
+
+# ------------------------------------------------------------------------------------------------ files, and rows of a batch
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+}
+WINDOW = {"mixer_types": ["constant_attention", "sliding_attention", "constant_attention"], "sliding_window": 8}
+FAMILY = {
+    "default": {"num_slots": 8},
+    "hybrid": WINDOW,
+    "window first": WINDOW | {"mixer_types": ["sliding_attention", "constant_attention", "sliding_attention"]},
+    "heinsen": {"block_type": "heinsen"},
+}
+
+
+def make_model(kind, seed=0, **fields):
+    torch.manual_seed(seed)
+    model = ConstAttnForCausalLM(ConstAttnConfig(**(SMALL | FAMILY[kind] | fields))).eval()
+    for parameter in model.parameters():  # away from the small initial weights, where every path looks alike
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.fixture(scope="module", params=list(FAMILY))
+def member(request):
+    return make_model(request.param)
+
+
+def text(tokens, batch=1, seed=0):
+    return torch.randint(0, 64, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def read(model, *pieces):
+    cache = None
+    for piece in pieces:
+        cache = model(piece, past_key_values=cache, use_cache=True).past_key_values
+    return cache
+
+
+@torch.no_grad()
+def continued(model, cache, ids):
+    """The logits of ids, token by token, after what a copy of the cache has seen."""
+    cache = copy.deepcopy(cache)
+    return torch.cat([model(token, past_key_values=cache).logits for token in ids.split(1, 1)], 1)
+
+
+def greedy(model, cache, length, rows=1):
+    """Twelve tokens after the token 7 and a cache of so many tokens."""
+    mask = torch.ones(rows, length + 1, dtype=torch.long)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    return model.generate(
+        torch.full((rows, 1), 7), attention_mask=mask, past_key_values=copy.deepcopy(cache), **options
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 30])
+def test_a_saved_cache_goes_on_exactly(member, tmp_path, tokens):
+    cache, file = read(member, text(tokens)), tmp_path / "state.safetensors"
+    save_cache(cache, file, member, notes={"last_token": "7"})
+    loaded = load_cache(file, member)
+    assert torch.equal(continued(member, loaded, text(20, seed=1)), continued(member, cache, text(20, seed=1)))
+    assert torch.equal(greedy(member, loaded, tokens), greedy(member, cache, tokens))
+    assert int(loaded.get_seq_length()) == tokens
+    assert cache_nbytes(loaded) == cache_nbytes(cache)
+    header = read_cache_header(file)
+    assert (header["tokens_seen"], header["rows"], header["dtype"], header["last_token"]) == (
+        str(tokens),
+        "1",
+        "float32",
+        "7",
+    )
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_saved_batch_of_rows_of_different_length(member, tmp_path):
+    caches = [read(member, text(length, seed=length)) for length in (3, 20)]
+    save_cache(stack_caches(caches), tmp_path / "state.safetensors", member)
+    for loaded, cache in zip(split_cache(load_cache(tmp_path / "state.safetensors", member)), caches, strict=True):
+        assert torch.equal(continued(member, loaded, text(9)), continued(member, cache, text(9)))
+
+
+def test_a_head_does_not_change_whose_state_it_is(tmp_path):
+    model = make_model("default")
+    save_cache(read(model, text(4)), tmp_path / "state.safetensors", model)
+    load_cache(tmp_path / "state.safetensors", model.model)
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (lambda: make_model("default", num_slots=16), "num_slots is 8, the model's 16"),
+        (lambda: make_model("default", forget_gate_bound=0.25), r"forget_gate_bound is 0\.5, the model's 0\.25"),
+        (lambda: make_model("hybrid"), "mixer_types is .*; num_slots is .*; sliding_window is None, the model's 8"),
+        (lambda: make_model("default").bfloat16(), "dtype is float32, the model's bfloat16"),
+        (lambda: make_model("default", seed=1), "the weights are others, of the same config"),
+    ],
+    ids=["shape", "meaning", "kind", "dtype", "weights"],
+)
+def test_another_models_state_is_refused(tmp_path, other, says):
+    model, file = make_model("default"), tmp_path / "state.safetensors"
+    save_cache(read(model, text(4)), file, model)
+    with pytest.raises(ValueError, match=f"is the state of another model, unnamed: {says}"):
+        load_cache(file, other())
+
+
+def test_one_training_step_makes_another_model(tmp_path):
+    model, file = make_model("default"), tmp_path / "state.safetensors"
+    save_cache(read(model, text(4)), file, model)
+    model.train()
+    optimizer = torch.optim.AdamW(model.model.layers[1].mixer.q_proj.parameters(), lr=1e-5)
+    model(text(20), labels=text(20)).loss.backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="the weights are others"):
+        load_cache(file, model)
+
+
+def test_files_that_hold_no_cache(tmp_path):
+    model, file = make_model("default"), tmp_path / "state.safetensors"
+    with pytest.raises(ValueError, match="has seen nothing yet"):
+        save_cache(DynamicCache(config=model.config), file, model)
+    with pytest.raises(FileNotFoundError):
+        load_cache(file, model)
+    save_cache(read(model, text(4)), file, model)
+    whole = file.read_bytes()
+    with pytest.raises(ValueError, match=r"notes may not name \['rows'\]"):
+        save_cache(read(model, text(4)), file, model, notes={"rows": "2"})
+    for cut in (4, 100, len(whole) - 1):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(
+            ValueError, match=r"state.safetensors' cannot be read: it is cut off or no safetensors file"
+        ):
+            load_cache(file, model)
+    save_file({"x": torch.zeros(1)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="holds no cache: its header names the format 'pt'"):
+        load_cache(file, model)
+    save_file({"x": torch.zeros(1)}, file, {"format": "constattn-cache", "format_version": "2"})
+    with pytest.raises(ValueError, match="has format version 2, this code reads 1"):
+        load_cache(file, model)
+
+
+def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
+    model, file = make_model("default"), tmp_path / "state.safetensors"
+    save_cache(read(model, text(4)), file, model)
+    whole = file.read_bytes()
+
+    def full_disk(tensors, path, header):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("modeling_constattn.cache_constattn.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_cache(read(model, text(9)), file, model)
+    assert file.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("lengths", [(12, 12), (3, 20, 5), (1, 7, 8, 9)], ids=str)
+def test_stacked_rows_are_each_row_alone(member, lengths):
+    """Some within the window of 8, some beyond it; token by token and in one piece; then split, and stacked anew."""
+    caches = [read(member, text(length, seed=length)) for length in lengths]
+    ids = text(12, batch=len(lengths), seed=99)
+    stacked = stack_caches(caches)
+    assert row_lengths(stacked) == list(lengths)
+    with torch.no_grad():
+        whole = member(ids, past_key_values=copy.deepcopy(stacked)).logits
+        logits = torch.cat([member(token, past_key_values=stacked).logits for token in ids.split(1, 1)], 1)
+    rows = split_cache(stacked)
+    for i, (cache, row) in enumerate(zip(caches, rows, strict=True)):
+        expected = continued(member, cache, ids[i : i + 1])
+        for found in (logits, whole):
+            torch.testing.assert_close(found[i : i + 1], expected, rtol=1e-4, atol=1e-5)
+        assert row_lengths(row) == [lengths[i] + 12]
+        again = continued(member, read(member, text(lengths[i], seed=lengths[i]), ids[i : i + 1]), text(9))
+        torch.testing.assert_close(continued(member, row, text(9)), again, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_are_stacked_and_the_longest_row_removed(member):
+    caches = [read(member, text(length, seed=length)) for length in (3, 30, 5)]
+    stacked = stack_caches([stack_caches(caches[:2]), caches[2]])
+    stacked.batch_select_indices(torch.tensor([2, 0]))
+    assert row_lengths(stacked) == [5, 3]
+    stacked = stack_caches([stacked, caches[0]])
+    logits = continued(member, stacked, text(9).expand(3, -1))
+    for i, cache in enumerate((caches[2], caches[0], caches[0])):
+        torch.testing.assert_close(logits[i : i + 1], continued(member, cache, text(9)), rtol=1e-4, atol=1e-5)
+
+
+def test_generate_from_stacked_rows_is_generation_from_each(member):
+    lengths = (3, 20)
+    caches = [read(member, text(length, seed=length)) for length in lengths]
+    mask = (torch.arange(21) >= torch.tensor([[17], [0]])).long()  # of a left-padded batch
+    options = {"max_new_tokens": 12, "do_sample": False}
+    found = member.generate(torch.full((2, 1), 7), attention_mask=mask, past_key_values=stack_caches(caches), **options)
+    for row, cache, length in zip(found, caches, lengths, strict=True):
+        assert torch.equal(row[None], greedy(member, cache, length))
+
+
+def test_one_state_forked_over_a_batch(member):
+    cache = read(member, text(20))
+    fork = copy.deepcopy(cache)
+    fork.batch_repeat_interleave(3)
+    ids = text(6, batch=3, seed=5)
+    logits = continued(member, fork, ids)
+    for i in range(3):
+        torch.testing.assert_close(logits[i : i + 1], continued(member, cache, ids[i : i + 1]), rtol=1e-4, atol=1e-5)
+
+
+def test_stacked_and_split_share_nothing(member):
+    cache = read(member, text(20))
+    expected = continued(member, cache, text(9))
+    for other in (*split_cache(cache), stack_caches([cache])):
+        read_on = [member(text(9, seed=4), past_key_values=other)]
+        assert len(read_on) == 1
+        assert torch.equal(continued(member, cache, text(9)), expected)
+
+
+def test_what_cannot_be_stacked():
+    model = make_model("default")
+    cache = read(model, text(3))
+    with pytest.raises(ValueError, match="needs one or more caches"):
+        stack_caches([])
+    with pytest.raises(ValueError, match=r"of 2 caches, those with numbers \[1\] have seen nothing yet"):
+        stack_caches([cache, DynamicCache(config=model.config)])
+    with pytest.raises(ValueError, match="these have different layers"):
+        stack_caches([cache, read(make_model("hybrid"), text(3))])
+    with pytest.raises(ValueError, match="of different models: conv of layer 0 is"):
+        stack_caches([cache, read(make_model("default", num_slots=16), text(3))])
+    windows = make_model("hybrid", mixer_types=["sliding_attention"] * 3)
+    with pytest.raises(ValueError, match="without constant-attention layers cannot hold rows of 3 and 9 tokens"):
+        stack_caches([read(windows, text(3)), read(windows, text(9))])
+    static = StaticCache(config=make_model("hybrid").config, max_cache_len=32)
+    with pytest.raises(TypeError, match="StaticSlidingWindowLayer cannot be saved, stacked or split"):
+        stack_caches([static])
