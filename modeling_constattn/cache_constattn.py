@@ -27,8 +27,12 @@ from transformers.cache_utils import (
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_recurrent_attention_mask
 from transformers.utils import is_torchdynamo_compiling
 
-from .attention_constattn import ConstAttnState
+from .attention_constattn import ConstAttnState, constant_attention
 from .configuration_constattn import ConstAttnConfig
+
+MAX_ROLLBACK = (
+    256  # tokens that `crop` can take back; what is kept for it is at most twice as many tokens' keys and values
+)
 
 
 class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
@@ -43,18 +47,23 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         behind    [B]        int64, how many tokens fewer than `cumulative_length` each row has seen, where rows differ
 
     Updates are in place, so that compiled graphs find the tensors where they were, unless gradients flow through them.
+
+    A sum does not say what was added last. So that tokens can be taken back (`crop`, for speculative decoding), a layer that
+    was told by `activate_past_recording` keeps `base`, its tensors as they were after the last `crop`, and `past`, what has
+    been added to them since.
     """
 
     _layer_type = "constant_attention"
-    # Both bases define these; a constant-size layer compiles, and is made by its first update.
-    is_compileable = True
+    # Both bases define these; a constant-size layer is made by its first update.
     supports_early_init = False
-    is_croppable = False  # a sum does not say what was added last
+    is_croppable = True
 
     def __init__(self, **kwargs):
         LinearAttentionCacheLayerMixin.__init__(self)
         CacheLayerMixin.__init__(self)
         self.tensors: dict[str, Tensor] = {}
+        self.base: dict[str, Tensor] = {}
+        self.past: dict[str, list[Tensor]] = {}  # [B,(H,)T,·] of each forward pass
         # A tensor, updated in place: compiled code would be specialised on a number and compiled again for every token.
         self.cumulative_length = torch.tensor(0, dtype=torch.long)
 
@@ -79,7 +88,8 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        past = [tensor for tensors in self.past.values() for tensor in tensors]
+        return sum(tensor.nbytes for tensor in (*self.tensors.values(), *self.base.values(), *past))
 
     @property
     def batch_size(self) -> int:
@@ -110,7 +120,7 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def detach_(self) -> None:
         """Cuts the graph behind the state, as truncated back-propagation through time needs it between blocks."""
-        self.tensors = {name: tensor.detach() for name, tensor in self.tensors.items()}
+        self._map(Tensor.detach)
 
     # ------------------------------------------------------------------------------- what Transformers asks of a layer
 
@@ -123,8 +133,14 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1  # unbounded
 
+    @property
+    def is_compileable(self) -> bool:
+        return not self.record_past  # what is recorded grows with each token
+
     def _map(self, function) -> None:
         self.tensors = {name: function(tensor) for name, tensor in self.tensors.items()}
+        self.base = {name: function(tensor) for name, tensor in self.base.items()}
+        self.past = {name: [function(tensor) for tensor in tensors] for name, tensors in self.past.items()}
 
     def reset(self) -> None:
         """Forgets everything, keeping the memory: the empty state has log Z = −inf."""
@@ -132,6 +148,7 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             tensor.fill_(float("-inf") if name == "log_Z" else 0)
         self.cumulative_length.zero_()
         self.has_previous_state[0] = False
+        self.base, self.past = {}, {}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -148,8 +165,73 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def prefetch(self) -> None:
         self._map(lambda tensor: tensor.to(self.device, non_blocking=True))
 
+    def activate_past_recording(self) -> None:
+        """From here on, `crop` can take tokens back."""
+        self.record_past = True
+        self.base, self.past = {name: tensor.clone() for name, tensor in self.tensors.items()}, {}
+
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("a constant-size state cannot take tokens back; keep a copy of the cache before them")
+        """Takes the last −tokens_to_remove tokens back, exactly, and makes all others final: the next call can take back what
+        comes after this one. As in Transformers' other layers, 0 does the latter alone.
+
+        Raises:
+            RuntimeError: if nothing has been recorded.
+            ValueError: if tokens_to_remove is positive, or more than what was read since the last call or `MAX_ROLLBACK`.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove={tokens_to_remove} must be 0 or negative: −3 takes three tokens back")
+        if not self.record_past:
+            if tokens_to_remove == 0:
+                return
+            raise RuntimeError(
+                "call activate_past_recording() of the cache before the tokens that crop is to take back"
+            )
+        recorded = self._recorded()
+        if -tokens_to_remove > min(recorded, MAX_ROLLBACK):
+            raise ValueError(
+                f"{-tokens_to_remove} tokens cannot be taken back: {recorded} are recorded since the last crop, and at most "
+                f"{MAX_ROLLBACK} can be taken back; keep a copy of the cache for more"
+            )
+        if tokens_to_remove:
+            for name, tensor in self._replay(recorded + tokens_to_remove).items():
+                self.write(name, tensor)
+            self.advance(tokens_to_remove)
+        self.activate_past_recording()
+
+    def record(self, **inputs: Tensor | None) -> None:
+        """Keeps what a forward pass adds to the tensors, after it has been written: `position` [B,T,hidden]; or `key`, `value`,
+        `log_decay` and `key_mask` as `constant_attention` takes them and `conv` [B,T,C], the convolution's inputs."""
+        key = inputs.get("key")
+        if key is not None:  # masks and decays come and go, padding in the prompt alone
+            if inputs["log_decay"] is None:
+                inputs["log_decay"] = torch.zeros_like(key[..., :1])
+            key_mask = inputs["key_mask"]
+            inputs["key_mask"] = torch.ones_like(key[:, 0, :, :1]) > 0 if key_mask is None else key_mask[..., None]
+        for name, tensor in inputs.items():
+            if tensor is not None:
+                self.past.setdefault(name, []).append(tensor)
+        if key is not None and (final := self._recorded() - MAX_ROLLBACK) > MAX_ROLLBACK:  # in bulk: seldom
+            self.base = {name: tensor.clone() for name, tensor in self._replay(final).items()}  # no views of more
+            self.past = {name: [torch.cat(tensors, -2)[..., final:, :].clone()] for name, tensors in self.past.items()}
+
+    def _recorded(self) -> int:
+        return sum(tensor.shape[-2] for tensor in self.past.get("key", ()))
+
+    def _replay(self, tokens: int) -> dict[str, Tensor]:
+        """The tensors after the base and so many of the recorded tokens."""
+        past = {name: torch.cat(tensors, -2)[..., :tokens, :] for name, tensors in self.past.items()}
+        state = ConstAttnState(self.base["log_Z"], self.base["mean"]) if "mean" in self.base else None
+        key, value, log_decay, key_mask = past["key"], past["value"], past["log_decay"], past["key_mask"][..., 0]
+        _, state = constant_attention(key, key, value, state, log_decay=log_decay, key_mask=key_mask)
+        tensors = self.base | {"log_Z": state.log_Z, "mean": state.mean}
+        for name in ("conv", "position"):
+            if name in past:
+                before = self.base.get(name, torch.zeros_like(self.tensors[name]))
+                if name == "conv":
+                    tensors[name] = torch.cat([before, past[name]], 1)[:, tokens:]
+                else:
+                    tensors[name] = torch.cat([before[:, None], past[name]], 1)[:, tokens]
+        return tensors
 
     # The base classes' own ways to store things. The model's layers use `write`.
     def lazy_initialization(self, *args, **kwargs) -> None:
@@ -439,6 +521,7 @@ def _model_header(model: Any) -> dict[str, str]:
 
 
 __all__ = [
+    "MAX_ROLLBACK",
     "ConstAttnCacheLayer",
     "cache_nbytes",
     "load_cache",

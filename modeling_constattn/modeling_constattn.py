@@ -131,6 +131,9 @@ class ConstantAttention(nn.Module):
             cache.write("log_Z", state.log_Z)
             cache.write("mean", state.mean)
             cache.advance(T)
+            if cache.record_past:
+                inputs = None if self.conv is None else joint
+                cache.record(key=key, value=value, log_decay=log_decay, key_mask=key_mask, conv=inputs)
 
         output = output.transpose(1, 2)  # [B,T,H,V]
         if self.norm is not None:
@@ -299,6 +302,8 @@ class HeinsenPositions(nn.Module):
             positions = torch.cat(rows)
         if cache is not None:
             cache.write("position", positions[:, -1])
+            if cache.record_past:
+                cache.record(position=positions)
         return x + positions.to(x.dtype)
 
 
@@ -344,6 +349,8 @@ class HeinsenBlock(GradientCheckpointingLayer):
             cache.write("log_Z", state.log_Z)
             cache.write("mean", state.mean)
             cache.advance(T)
+            if cache.record_past:
+                cache.record(key=key.float(), value=value, log_decay=log_decay, key_mask=key_mask)
         if key_mask is not None:  # a row that has seen nothing reads 0, whose log has no gradient
             output = output.masked_fill(output == 0, 1.0)
         log_output = output.log().to(hidden_states.dtype).transpose(1, 2).reshape(B, T, -1)
@@ -366,7 +373,6 @@ class ConstAttnPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _is_stateful = True
     _can_record_outputs = {"hidden_states": [ConstAttnBlock, HeinsenBlock], "attentions": SlidingAttention}
 
     @torch.no_grad()

@@ -146,13 +146,6 @@ def test_gradients_through_the_cache_are_those_of_the_whole_text(model):
     model.zero_grad()
 
 
-def test_no_token_can_be_taken_back(model):
-    cache = fill(model)
-    assert not cache.is_croppable
-    with pytest.raises(NotImplementedError, match="cannot take tokens back"):
-        cache.crop(-1)
-
-
 def test_refuses_the_cache_of_another_model(model):
     ids = torch.zeros(2, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="has 0 layers, the model 2"):
@@ -413,3 +406,132 @@ def test_what_cannot_be_stacked():
     static = StaticCache(config=make_model("hybrid").config, max_cache_len=32)
     with pytest.raises(TypeError, match="StaticSlidingWindowLayer cannot be saved, stacked or split"):
         stack_caches([static])
+
+
+# ------------------------------------------------------------------------------------------------------------- taking tokens back
+
+
+@pytest.fixture(scope="module", params=list(FAMILY))
+def exact_member(request):
+    """In float64, where rounding errors (of decays, and of the "heinsen" block: float32) do not choose another token."""
+    return make_model(request.param).double()
+
+
+def same_state(model, cache, expected):
+    assert int(cache.get_seq_length()) == int(expected.get_seq_length())
+    for layer, other in zip(cache.layers, expected.layers, strict=True):
+        for name, tensor in getattr(other, "tensors", {}).items():
+            torch.testing.assert_close(layer.tensors[name], tensor, rtol=1e-5, atol=1e-6)
+    ids = text(6, batch=len(row_lengths(cache)), seed=8)
+    torch.testing.assert_close(continued(model, cache, ids), continued(model, expected, ids), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("start", [0, 30])
+def test_cropped_is_never_read(exact_member, start):
+    ids = text(60, seed=3)
+    for removed in (0, 4, 13):
+        cache = read(exact_member, ids[:, :start]) if start else DynamicCache(config=exact_member.config)
+        cache.activate_past_recording()
+        for piece in ids[:, start : start + 13].split([3, 1, 8, 1], 1):
+            exact_member(piece, past_key_values=cache)
+        cache.crop(-removed)
+        kept = start + 13 - removed
+        if kept:
+            same_state(exact_member, cache, read(exact_member, ids[:, :kept]))
+        exact_member(ids[:, kept : kept + 6], past_key_values=cache)
+        cache.crop(-2)  # after a crop, recording goes on
+        same_state(exact_member, cache, read(exact_member, ids[:, : kept + 4]))
+
+
+@torch.no_grad()
+def test_crop_knows_padding(exact_member):
+    ids = text(20, batch=2)
+    mask = (torch.arange(20) >= torch.tensor([[7], [0]])).long()
+    cache, expected = (DynamicCache(config=exact_member.config) for _ in range(2))
+    cache.activate_past_recording()
+    exact_member(ids, attention_mask=mask, past_key_values=cache)
+    exact_member(text(3, batch=2), attention_mask=torch.cat([mask, mask[:, -3:]], 1), past_key_values=cache)
+    exact_member(ids[:, :18], attention_mask=mask[:, :18], past_key_values=expected)
+    cache.crop(-5)
+    for layer, other in zip(cache.layers, expected.layers, strict=True):
+        for name, tensor in getattr(other, "tensors", {}).items():
+            torch.testing.assert_close(layer.tensors[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [[300], [1] * 70, [33, 30, 7], [66, 4]], ids=["one", "steps", "pieces", "bulk"])
+def test_what_is_recorded_is_bounded(exact_member, pieces, monkeypatch):
+    monkeypatch.setattr("modeling_constattn.cache_constattn.MAX_ROLLBACK", 16)
+    ids = text(6 + sum(pieces), seed=6)
+    cache = read(exact_member, ids[:, :6])
+    cache.activate_past_recording()
+    for piece in ids[:, 6:].split(pieces, 1):
+        exact_member(piece, past_key_values=cache)
+        for layer in cache.layers:
+            if isinstance(layer, ConstAttnCacheLayer):
+                assert layer._recorded() <= 32
+                width = (
+                    sum(layer.tensors["mean"].shape[1:]) * 2 * 3 * 8
+                )  # bytes of a token's query, key and value, at most
+                assert sum(key.untyped_storage().nbytes() for key in layer.past["key"]) <= 32 * width
+                for name, tensor in layer.base.items():
+                    assert tensor.untyped_storage().nbytes() == layer.tensors[name].nbytes
+    for layer in cache.layers:
+        if isinstance(layer, ConstAttnCacheLayer):
+            with pytest.raises(ValueError, match=r"17 tokens cannot be taken back: \d+ are recorded .* at most 16"):
+                layer.crop(-17)
+    cache.crop(-16)
+    same_state(exact_member, cache, read(exact_member, ids[:, :-16]))
+
+
+@torch.no_grad()
+def test_rows_are_selected_while_recording(exact_member):
+    ids = text(20, batch=3)
+    cache = read(exact_member, ids[:, :9])
+    cache.activate_past_recording()
+    exact_member(ids[:, 9:], past_key_values=cache)
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    twin = copy.deepcopy(cache)
+    cache.crop(-6)
+    same_state(exact_member, cache, read(exact_member, ids[[2, 0, 0], :14]))
+    same_state(exact_member, twin, read(exact_member, ids[[2, 0, 0]]))
+
+
+@torch.no_grad()
+def test_crop_says_what_it_cannot_do(model):
+    cache = fill(model)
+    cache.crop(0)
+    with pytest.raises(RuntimeError, match="call activate_past_recording"):
+        cache.crop(-1)
+    cache.activate_past_recording()
+    with pytest.raises(ValueError, match="1 tokens cannot be taken back: 0 are recorded"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match="tokens_to_remove=2 must be 0 or negative"):
+        cache.crop(2)
+
+
+@pytest.mark.parametrize("help_from", ["itself", "assistant", "windows", "prompt"])
+def test_speculative_decoding_is_greedy_decoding(exact_member, help_from):
+    """An assistant that is always right, two that seldom are, and guesses from the prompt, most of which are wrong."""
+    prompt = text(9, seed=1).repeat(1, 3)
+    options = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True}
+    expected = exact_member.generate(prompt, **options)
+    helpers = {
+        "itself": {"assistant_model": exact_member},
+        "assistant": {"assistant_model": make_model("default", seed=1).double()},
+        "windows": {"assistant_model": make_model("hybrid", seed=1).double()},
+        "prompt": {"prompt_lookup_num_tokens": 5},
+    }
+    calls = []
+    handle = exact_member.register_forward_hook(lambda *_: calls.append(1))
+    found = exact_member.generate(prompt, **helpers[help_from], **options)
+    handle.remove()
+    assert torch.equal(found.sequences, expected.sequences)
+    if help_from in ("assistant", "windows"):
+        assert len(calls) <= 40
+    rest = {"max_new_tokens": 9, "do_sample": False}
+    assert torch.equal(  # the cache that is returned is that of greedy decoding
+        exact_member.generate(found.sequences, past_key_values=found.past_key_values, **rest),
+        exact_member.generate(expected.sequences, past_key_values=expected.past_key_values, **rest),
+    )
