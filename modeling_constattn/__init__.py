@@ -5,6 +5,7 @@ import transformers
 from .attention_constattn import ConstAttnState, constant_attention, quadratic_attention, scan_attention
 from .cache_constattn import (
     ConstAttnCacheLayer,
+    LearnedState,
     cache_nbytes,
     load_cache,
     read_cache_header,
@@ -42,6 +43,7 @@ __all__ = [
     "ConstAttnForTokenClassification",
     "ConstAttnModel",
     "ConstAttnState",
+    "LearnedState",
     "cache_nbytes",
     "constant_attention",
     "load_cache",

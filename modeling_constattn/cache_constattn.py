@@ -1,8 +1,8 @@
 """The cache layer of constant attention: log S and log Z, and the last inputs of the convolution. Its size never changes.
 
-And what a memory of constant size allows: caches as files (`save_cache`, `load_cache`), and many caches as one batch and back
-(`stack_caches`, `split_cache`). To fork, select or copy, Transformers has the methods `batch_repeat_interleave`,
-`batch_select_indices` and `reorder_cache` of a cache, and Python `copy.deepcopy`.
+And what a memory of constant size allows: caches as files (`save_cache`, `load_cache`), many caches as one batch and back
+(`stack_caches`, `split_cache`), and states that are learned (`LearnedState`). To fork, select or copy, Transformers has the methods
+`batch_repeat_interleave`, `batch_select_indices` and `reorder_cache` of a cache, and Python `copy.deepcopy`.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import (
     STATIC_LAYER_TYPE_MAPPING,
     Cache,
@@ -347,7 +347,7 @@ def split_cache(cache: Cache) -> list[DynamicCache]:
 def _at_right(window: Tensor, width: int) -> Tensor:
     """The last `width` tokens of [B,H,S,V], zeros before them where there are fewer."""
     window = window[:, :, max(0, window.shape[2] - width) :]
-    return torch.nn.functional.pad(window, (0, 0, width - window.shape[2], 0))
+    return nn.functional.pad(window, (0, 0, width - window.shape[2], 0))
 
 
 def _tensors(layer: Any) -> dict[str, Tensor]:
@@ -520,9 +520,85 @@ def _model_header(model: Any) -> dict[str, str]:
     }
 
 
+# ------------------------------------------------------------------------------------------------------------- a state is learned
+
+_MAX_LOG_Z_SHIFT = 10.0
+
+
+class LearnedState(nn.Module):
+    """A frozen model behind a state that is learned: all that training changes is where the model begins to read.
+
+        state = LearnedState(model, model(start, use_cache=True).past_key_values)   # begins as the state after a text, [1,T]
+        Trainer(state, arguments, train_dataset=…).train()                          # batches of input_ids [B,T] and labels
+        model.generate(prompt, past_key_values=state.cache(), …)
+        save_cache(state.cache(), "state.safetensors", model)                       # for load_cache, like any other
+
+    The parameters are what is added to each tensor of the given cache: to log_Z by way of 10·tanh(x/10), so that no slot weighs
+    e^10 times more or less than it did (a slot that outweighs all text would never learn from it, nor one that is outweighed);
+    means of the "heinsen" block, which are positive, are multiplied by exp(x). `state_dict` holds the parameters alone.
+
+    Args:
+        model: a model of this family; it is frozen.
+        cache: one row that the model has read. A text that tells what is wanted is a good beginning; one start token will do.
+
+    Raises:
+        ValueError: if the cache does not hold exactly one row.
+    """
+
+    def __init__(self, model: Any, cache: Cache):
+        super().__init__()
+        if len(row_lengths(cache)) != 1:
+            raise ValueError(f"the cache holds {len(row_lengths(cache))} rows; a learned state begins as one")
+        self.model, self.config = model.requires_grad_(False), model.config
+        self.start = split_cache(cache)[0]
+        self.register_state_dict_post_hook(_keep_shifts)
+        self.shifts = nn.ParameterDict(
+            {
+                f"{number}_{name}": nn.Parameter(torch.zeros_like(tensor, dtype=torch.float32))
+                for number, layer in enumerate(self.start.layers)
+                for name, tensor in _tensors(layer).items()
+            }
+        )
+
+    def cache(self, rows: int = 1) -> DynamicCache:
+        """The state, once for each row of a batch; gradients flow to the parameters."""
+        begun = DynamicCache()
+        begun.layers = []
+        for number, layer in enumerate(self.start.layers):
+            tensors = {
+                name: self._shifted(name, tensor, self.shifts[f"{number}_{name}"]).expand(rows, *tensor.shape[1:])
+                for name, tensor in _tensors(layer).items()
+            }
+            begun.layers.append(_filled(_empty_like(layer), tensors, int(layer.get_seq_length())))
+        return begun
+
+    def _shifted(self, name: str, tensor: Tensor, shift: Tensor) -> Tensor:
+        tensor = tensor.to(shift.device)
+        if name == "log_Z":
+            return tensor + _MAX_LOG_Z_SHIFT * (shift / _MAX_LOG_Z_SHIFT).tanh()
+        if name == "mean" and self.config.block_type == "heinsen":
+            return tensor * shift.exp().to(tensor.dtype)
+        return tensor + shift.to(tensor.dtype)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """As of the model, for input_ids, attention_mask and labels [B,T] that begin after the state."""
+        kwargs |= {"past_key_values": self.cache(len(input_ids)), "use_cache": True}
+        if attention_mask is not None:
+            attention_mask = nn.functional.pad(attention_mask, (int(self.start.get_seq_length()), 0), value=1)
+        return self.model(input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+
+
+def _keep_shifts(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in [name for name in state_dict if not name.startswith(f"{prefix}shifts.")]:
+        del state_dict[name]
+
+
 __all__ = [
     "MAX_ROLLBACK",
     "ConstAttnCacheLayer",
+    "LearnedState",
     "cache_nbytes",
     "load_cache",
     "read_cache_header",

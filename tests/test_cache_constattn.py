@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 
 from modeling_constattn import (
     ConstAttnCacheLayer,
     ConstAttnConfig,
     ConstAttnForCausalLM,
     ConstAttnState,
+    LearnedState,
     cache_nbytes,
     load_cache,
     read_cache_header,
@@ -535,3 +536,65 @@ def test_speculative_decoding_is_greedy_decoding(exact_member, help_from):
         exact_member.generate(found.sequences, past_key_values=found.past_key_values, **rest),
         exact_member.generate(expected.sequences, past_key_values=expected.past_key_values, **rest),
     )
+
+
+# ------------------------------------------------------------------------------------------------------------- a state is learned
+
+
+def test_a_learned_state_begins_as_the_one_given(member):
+    cache = read(member, text(12))
+    state = LearnedState(member, cache)
+    ids = text(9, batch=3, seed=2)
+    mask = (torch.arange(9) < torch.tensor([[9], [4], [6]])).long()
+    with torch.no_grad():
+        logits = state(ids, attention_mask=mask).logits
+    for i, length in enumerate((9, 4, 6)):
+        expected = continued(member, cache, ids[i : i + 1, :length])
+        torch.testing.assert_close(logits[i : i + 1, :length], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="the cache holds 2 rows"):
+        LearnedState(member, read(member, text(3, batch=2)))
+
+
+def test_the_gradient_of_a_learned_state_is_its_slope(exact_member):
+    state = LearnedState(exact_member, read(exact_member, text(12))).double()
+    ids, generator = text(40, batch=2, seed=2), torch.Generator().manual_seed(0)
+    weights = torch.randn(2, 40, 64, dtype=torch.float64, generator=generator)
+    for name, shift in state.shifts.items():
+        with torch.no_grad():
+            shift.normal_(std=0.3, generator=generator)
+        direction = torch.randn(shift.shape, dtype=torch.float64, generator=generator)
+        gradient = torch.autograd.grad((state(ids).logits * weights).sum(), shift)[0]
+        with torch.no_grad():
+            above, below = (
+                (
+                    torch.func.functional_call(state, {f"shifts.{name}": shift + step * direction}, ids).logits
+                    * weights
+                ).sum()
+                for step in (1e-2, -1e-2)
+            )
+            torch.testing.assert_close(
+                (gradient * direction).sum(), (above - below) / 2e-2, rtol=2e-2, atol=5e-3, msg=name
+            )
+            shift.zero_()
+
+
+def test_a_state_learns_a_sentence_and_travels(member, tmp_path):
+    """The frozen model cannot say it, then can: from the file, through generate()."""
+    model = copy.deepcopy(member)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sentence = [7, 3, 1, 4, 9]
+    state = LearnedState(model, read(model, text(3)))
+    settings = {"max_steps": 120, "learning_rate": 0.3, "report_to": "none", "use_cpu": True, "logging_steps": 60}
+    rows = [{"input_ids": sentence, "labels": sentence}] * 4
+    trainer = Trainer(state, TrainingArguments(str(tmp_path / "run"), **settings, save_steps=60), train_dataset=rows)
+    trainer.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {name.split(".")[0] for name in trainer.model.state_dict()} == {"shifts"}
+
+    save_cache(state.cache(), tmp_path / "state.safetensors", model)
+    loaded = load_cache(tmp_path / "state.safetensors", member)
+    mask = torch.ones(1, 4, dtype=torch.long)
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    begin = torch.tensor([sentence[:1]])
+    assert member.generate(begin, past_key_values=loaded, **options)[0].tolist() == sentence
+    assert member.generate(begin, past_key_values=read(member, text(3)), **options)[0].tolist() != sentence
