@@ -1,10 +1,12 @@
 """The cache layer of constant attention: log S and log Z, and the last inputs of the convolution. Its size never changes.
 
 And what a memory of constant size allows: caches as files (`save_cache`, `load_cache`), many caches as one batch and back
-(`stack_caches`, `split_cache`), and states that are learned (`LearnedState`). To fork, select or copy, Transformers has the methods
-`batch_repeat_interleave`, `batch_select_indices` and `reorder_cache` of a cache, and Python `copy.deepcopy`.
+(`stack_caches`, `split_cache`), several texts as one memory (`merge_caches`), and states that are learned (`LearnedState`). To
+fork, select or copy, Transformers has the methods `batch_repeat_interleave`, `batch_select_indices` and `reorder_cache` of a
+cache, and Python has `copy.deepcopy`.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -328,6 +330,33 @@ def stack_caches(caches: Sequence[Cache]) -> DynamicCache:
     return stacked
 
 
+def merge_caches(caches: Sequence[Cache]) -> DynamicCache:
+    """A cache that remembers separate texts, given those of each, row by row: the attention states are merged.
+
+    That is exact for one layer on given keys and values (`ConstAttnState.merge`). A model is not one layer: from the second
+    on, keys and values depend on what the layers below have read, here on each text alone. So this is not the cache of the texts
+    in a row, and with forgetting the earlier texts do not fade while later ones are read. What that is worth,
+    `scripts/compare_prefixes.py` measures. All that is local (convolution inputs, windows, positions and the token count) is
+    that of the last cache. The result shares no memory with the caches given.
+
+    Raises:
+        ValueError: if there is no cache, or one has seen nothing, or they are of different models or rows.
+        TypeError: for layers of another kind than a `DynamicCache` of these models has.
+    """
+    if len({(len(cache.layers), len(row_lengths(cache))) for cache in caches}) != 1 or not row_lengths(caches[0]):
+        raise ValueError(
+            "merge_caches needs one or more caches of one model, with as many rows, that have read something"
+        )
+    merged = stack_caches([caches[-1]])
+    for number, layer in enumerate(merged.layers):
+        if isinstance(layer, ConstAttnCacheLayer):
+            states = [cast(ConstAttnState, cache.layers[number].state) for cache in caches]
+            state = functools.reduce(ConstAttnState.merge, states)
+            layer.write("log_Z", state.log_Z)
+            layer.write("mean", state.mean)
+    return merged
+
+
 def split_cache(cache: Cache) -> list[DynamicCache]:
     """Each row of a cache as a cache of its own, the inverse of `stack_caches`. They share no memory."""
     rows = []
@@ -601,6 +630,7 @@ __all__ = [
     "LearnedState",
     "cache_nbytes",
     "load_cache",
+    "merge_caches",
     "read_cache_header",
     "row_lengths",
     "rows_behind",

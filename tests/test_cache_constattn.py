@@ -15,6 +15,7 @@ from modeling_constattn import (
     LearnedState,
     cache_nbytes,
     load_cache,
+    merge_caches,
     read_cache_header,
     row_lengths,
     save_cache,
@@ -388,6 +389,41 @@ def test_stacked_and_split_share_nothing(member):
         read_on = [member(text(9, seed=4), past_key_values=other)]
         assert len(read_on) == 1
         assert torch.equal(continued(member, cache, text(9)), expected)
+
+
+def test_merged_caches_are_exact_where_keys_do_not_hang_on_context():
+    """That is in the first layer, without convolution and forgetting; not in the second."""
+    model = make_model("default", conv_kernel_size=1, use_forget_gate=False)
+    texts = [text(length, batch=2, seed=length) for length in (5, 30, 9)]
+    caches = [read(model, ids) for ids in texts]
+    joint, merged = read(model, *texts), merge_caches(caches)
+    swapped = merge_caches([caches[2], merge_caches(caches[:2])])
+    for other in (merged, swapped):
+        torch.testing.assert_close(other.layers[0].log_Z, joint.layers[0].log_Z)
+        torch.testing.assert_close(other.layers[0].state.mean, joint.layers[0].state.mean, rtol=1e-4, atol=1e-6)
+    assert (merged.layers[1].log_Z - joint.layers[1].log_Z).abs().max() > 1e-2
+    torch.testing.assert_close(merged.layers[1].log_Z, swapped.layers[1].log_Z)
+
+
+def test_merged_caches_have_the_surroundings_of_the_last(member):
+    caches = [read(member, text(length, seed=length)) for length in (9, 20)]
+    expected = continued(member, caches[0], text(9))
+    merged = merge_caches(caches)
+    assert row_lengths(merged) == [20]
+    for layer, last in zip(merged.layers, caches[1].layers, strict=True):
+        if isinstance(layer, ConstAttnCacheLayer):
+            assert all(
+                torch.equal(layer.tensors[name], last.tensors[name])
+                for name in layer.tensors.keys() - {"log_Z", "mean"}
+            )
+        else:
+            assert torch.equal(layer.keys, last.keys)
+    logits = continued(member, merged, text(9))
+    assert not torch.allclose(logits, continued(member, caches[1], text(9)), atol=1e-3)
+    assert torch.equal(continued(member, caches[0], text(9)), expected)  # as it was
+    for wrong in ([], [DynamicCache(config=member.config)], [caches[0], read(member, text(9, batch=2))]):
+        with pytest.raises(ValueError, match="merge_caches needs one or more caches"):
+            merge_caches(wrong)
 
 
 def test_what_cannot_be_stacked():
