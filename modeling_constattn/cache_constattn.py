@@ -222,9 +222,15 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def _replay(self, tokens: int) -> dict[str, Tensor]:
         """The tensors after the base and so many of the recorded tokens."""
         past = {name: torch.cat(tensors, -2)[..., :tokens, :] for name, tensors in self.past.items()}
-        state = ConstAttnState(self.base["log_Z"], self.base["mean"]) if "mean" in self.base else None
-        key, value, log_decay, key_mask = past["key"], past["value"], past["log_decay"], past["key_mask"][..., 0]
-        _, state = constant_attention(key, key, value, state, log_decay=log_decay, key_mask=key_mask)
+        # The state alone needs no causal pass: a total over the tokens, each as the rest of them leaves it.
+        dtype = torch.promote_types(past["key"].dtype, torch.float32)
+        key_mask = past["key_mask"]  # [B,T,1]
+        log_decay = past["log_decay"].masked_fill(~key_mask[:, None], 0.0)
+        rest = log_decay.to(self.tensors["log_Z"].dtype).flip(2).cumsum(2).flip(2)[:, :, 1:]
+        key = past["key"].to(dtype) + nn.functional.pad(rest, (0, 0, 0, min(1, tokens))).to(dtype)
+        _, state = constant_attention(key, key, past["value"].to(dtype), key_mask=key_mask[..., 0], is_causal=False)
+        if "mean" in self.base:
+            state = ConstAttnState(self.base["log_Z"], self.base["mean"]).merge(state, log_decay)
         tensors = self.base | {"log_Z": state.log_Z, "mean": state.mean}
         for name in ("conv", "position"):
             if name in past:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 
 from modeling_constattn import (
@@ -483,13 +484,13 @@ def test_cropped_is_never_read(exact_member, start):
 
 @torch.no_grad()
 def test_crop_knows_padding(exact_member):
-    ids = text(20, batch=2)
-    mask = (torch.arange(20) >= torch.tensor([[7], [0]])).long()
-    cache, expected = (DynamicCache(config=exact_member.config) for _ in range(2))
+    ids = text(26, batch=2)
+    mask = (torch.arange(26) >= torch.tensor([[13], [0]])) | (torch.arange(26) < 6)  # in the middle of the first row
+    cache, expected = read(exact_member, ids[:, :6]), read(exact_member, ids[:, :6])
     cache.activate_past_recording()
-    exact_member(ids, attention_mask=mask, past_key_values=cache)
-    exact_member(text(3, batch=2), attention_mask=torch.cat([mask, mask[:, -3:]], 1), past_key_values=cache)
-    exact_member(ids[:, :18], attention_mask=mask[:, :18], past_key_values=expected)
+    exact_member(ids[:, 6:], attention_mask=mask.long(), past_key_values=cache)
+    exact_member(ids[:, :3], attention_mask=nn.functional.pad(mask.long(), (0, 3), value=1), past_key_values=cache)
+    exact_member(ids[:, 6:24], attention_mask=mask[:, :24].long(), past_key_values=expected)
     cache.crop(-5)
     for layer, other in zip(cache.layers, expected.layers, strict=True):
         for name, tensor in getattr(other, "tensors", {}).items():
