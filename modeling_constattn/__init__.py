@@ -3,7 +3,18 @@
 import transformers
 
 from .attention_constattn import ConstAttnState, constant_attention, quadratic_attention, scan_attention
-from .cache_constattn import ConstAttnCacheLayer, cache_nbytes
+from .cache_constattn import (
+    ConstAttnCacheLayer,
+    LearnedState,
+    cache_nbytes,
+    load_cache,
+    merge_caches,
+    read_cache_header,
+    row_lengths,
+    save_cache,
+    split_cache,
+    stack_caches,
+)
 from .configuration_constattn import ConstAttnConfig
 from .modeling_constattn import (
     AUTO_CLASSES,
@@ -33,8 +44,16 @@ __all__ = [
     "ConstAttnForTokenClassification",
     "ConstAttnModel",
     "ConstAttnState",
+    "LearnedState",
     "cache_nbytes",
     "constant_attention",
+    "load_cache",
+    "merge_caches",
     "quadratic_attention",
+    "read_cache_header",
+    "row_lengths",
+    "save_cache",
     "scan_attention",
+    "split_cache",
+    "stack_caches",
 ]

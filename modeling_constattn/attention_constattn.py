@@ -144,17 +144,23 @@ class ConstAttnState(NamedTuple):
             mean = torch.complex(mean, torch.zeros_like(mean))
         return self.log_Z[..., None] + mean.log()
 
-    def merge(self, other: "ConstAttnState") -> "ConstAttnState":
-        """The state after both texts: associative and commutative, exact.
+    def merge(self, other: "ConstAttnState", log_decay: Tensor | None = None) -> "ConstAttnState":
+        """The state after both texts, exactly that of the joint computation.
 
-        With forgetting, first shift the earlier state by what the later text makes of it: ``state.log_Z + total log_decay``.
+        Without ``log_decay``: associative and commutative. With it, ``other`` is the later text, through which this state has
+        to pass: associative, in the texts' order. Then a state of several texts passes through those of all of them.
+
+        Args:
+            other: the other text's state, computed from an empty one.
+            log_decay: [B,H,T,K] or [B,H,T,1], the other text's, as given to `constant_attention` (0 for masked tokens).
 
         Raises:
             ValueError: if the two states differ in shape.
         """
         if self.mean.shape != other.mean.shape:
             raise ValueError(f"cannot merge states of shapes {tuple(self.mean.shape)} and {tuple(other.mean.shape)}")
-        log_Z = _log_add_exp(self.log_Z, other.log_Z)
+        earlier = self.log_Z if log_decay is None else self.log_Z + log_decay.to(self.log_Z.dtype).sum(2)
+        log_Z = _log_add_exp(earlier, other.log_Z)
         weight = (other.log_Z - _finite(log_Z)).exp().to(self.mean.dtype)[..., None]
         return ConstAttnState(log_Z, self.mean + weight * (other.mean - self.mean))
 

@@ -1,19 +1,40 @@
-"""The cache layer of constant attention: log S and log Z, and the last inputs of the convolution. Its size never changes."""
+"""The cache layer of constant attention: log S and log Z, and the last inputs of the convolution. Its size never changes.
 
-from typing import cast
+And what a memory of constant size allows: caches as files (`save_cache`, `load_cache`), many caches as one batch and back
+(`stack_caches`, `split_cache`), several texts as one memory (`merge_caches`), and states that are learned (`LearnedState`). To
+fork, select or copy, Transformers has the methods `batch_repeat_interleave`, `batch_select_indices` and `reorder_cache` of a
+cache, and Python has `copy.deepcopy`.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers.cache_utils import (
     STATIC_LAYER_TYPE_MAPPING,
     Cache,
     CacheLayerMixin,
+    DynamicCache,
+    DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
 )
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_recurrent_attention_mask
 from transformers.utils import is_torchdynamo_compiling
 
-from .attention_constattn import ConstAttnState
+from .attention_constattn import ConstAttnState, constant_attention
+from .configuration_constattn import ConstAttnConfig
+
+MAX_ROLLBACK = (
+    256  # tokens that `crop` can take back; what is kept for it is at most twice as many tokens' keys and values
+)
 
 
 class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
@@ -25,20 +46,26 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         mean      [B,H,K,V]  float32  }
         conv      [B,L−1,C]  the last inputs of the short convolution, where there is one
         position  [B,hidden] float64, the recurrence of the position embedding: in the first layer of a "heinsen" model
+        behind    [B]        int64, how many tokens fewer than `cumulative_length` each row has seen, where rows differ
 
     Updates are in place, so that compiled graphs find the tensors where they were, unless gradients flow through them.
+
+    A sum does not say what was added last. So that tokens can be taken back (`crop`, for speculative decoding), a layer that
+    was told by `activate_past_recording` keeps `base`, its tensors as they were after the last `crop`, and `past`, what has
+    been added to them since.
     """
 
     _layer_type = "constant_attention"
-    # Both bases define these; a constant-size layer compiles, and is made by its first update.
-    is_compileable = True
+    # Both bases define these; a constant-size layer is made by its first update.
     supports_early_init = False
-    is_croppable = False  # a sum does not say what was added last
+    is_croppable = True
 
     def __init__(self, **kwargs):
         LinearAttentionCacheLayerMixin.__init__(self)
         CacheLayerMixin.__init__(self)
         self.tensors: dict[str, Tensor] = {}
+        self.base: dict[str, Tensor] = {}
+        self.past: dict[str, list[Tensor]] = {}  # [B,(H,)T,·] of each forward pass
         # A tensor, updated in place: compiled code would be specialised on a number and compiled again for every token.
         self.cumulative_length = torch.tensor(0, dtype=torch.long)
 
@@ -63,7 +90,8 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        past = [tensor for tensors in self.past.values() for tensor in tensors]
+        return sum(tensor.nbytes for tensor in (*self.tensors.values(), *self.base.values(), *past))
 
     @property
     def batch_size(self) -> int:
@@ -94,7 +122,7 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def detach_(self) -> None:
         """Cuts the graph behind the state, as truncated back-propagation through time needs it between blocks."""
-        self.tensors = {name: tensor.detach() for name, tensor in self.tensors.items()}
+        self._map(Tensor.detach)
 
     # ------------------------------------------------------------------------------- what Transformers asks of a layer
 
@@ -107,8 +135,14 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1  # unbounded
 
+    @property
+    def is_compileable(self) -> bool:
+        return not self.record_past  # what is recorded grows with each token
+
     def _map(self, function) -> None:
         self.tensors = {name: function(tensor) for name, tensor in self.tensors.items()}
+        self.base = {name: function(tensor) for name, tensor in self.base.items()}
+        self.past = {name: [function(tensor) for tensor in tensors] for name, tensors in self.past.items()}
 
     def reset(self) -> None:
         """Forgets everything, keeping the memory: the empty state has log Z = −inf."""
@@ -116,6 +150,7 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             tensor.fill_(float("-inf") if name == "log_Z" else 0)
         self.cumulative_length.zero_()
         self.has_previous_state[0] = False
+        self.base, self.past = {}, {}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -132,8 +167,79 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def prefetch(self) -> None:
         self._map(lambda tensor: tensor.to(self.device, non_blocking=True))
 
+    def activate_past_recording(self) -> None:
+        """From here on, `crop` can take tokens back."""
+        self.record_past = True
+        self.base, self.past = {name: tensor.clone() for name, tensor in self.tensors.items()}, {}
+
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("a constant-size state cannot take tokens back; keep a copy of the cache before them")
+        """Takes the last −tokens_to_remove tokens back, exactly, and makes all others final: the next call can take back what
+        comes after this one. As in Transformers' other layers, 0 does the latter alone.
+
+        Raises:
+            RuntimeError: if nothing has been recorded.
+            ValueError: if tokens_to_remove is positive, or more than what was read since the last call or `MAX_ROLLBACK`.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove={tokens_to_remove} must be 0 or negative: −3 takes three tokens back")
+        if not self.record_past:
+            if tokens_to_remove == 0:
+                return
+            raise RuntimeError(
+                "call activate_past_recording() of the cache before the tokens that crop is to take back"
+            )
+        recorded = self._recorded()
+        if -tokens_to_remove > min(recorded, MAX_ROLLBACK):
+            raise ValueError(
+                f"{-tokens_to_remove} tokens cannot be taken back: {recorded} are recorded since the last crop, and at most "
+                f"{MAX_ROLLBACK} can be taken back; keep a copy of the cache for more"
+            )
+        if tokens_to_remove:
+            for name, tensor in self._replay(recorded + tokens_to_remove).items():
+                self.write(name, tensor)
+            self.advance(tokens_to_remove)
+        self.activate_past_recording()
+
+    def record(self, **inputs: Tensor | None) -> None:
+        """Keeps what a forward pass adds to the tensors, after it has been written: `position` [B,T,hidden]; or `key`, `value`,
+        `log_decay` and `key_mask` as `constant_attention` takes them and `conv` [B,T,C], the convolution's inputs."""
+        key = inputs.get("key")
+        if key is not None:  # masks and decays come and go, padding in the prompt alone
+            if inputs["log_decay"] is None:
+                inputs["log_decay"] = torch.zeros_like(key[..., :1])
+            key_mask = inputs["key_mask"]
+            inputs["key_mask"] = torch.ones_like(key[:, 0, :, :1]) > 0 if key_mask is None else key_mask[..., None]
+        for name, tensor in inputs.items():
+            if tensor is not None:
+                self.past.setdefault(name, []).append(tensor)
+        if key is not None and (final := self._recorded() - MAX_ROLLBACK) > MAX_ROLLBACK:  # in bulk: seldom
+            self.base = {name: tensor.clone() for name, tensor in self._replay(final).items()}  # no views of more
+            self.past = {name: [torch.cat(tensors, -2)[..., final:, :].clone()] for name, tensors in self.past.items()}
+
+    def _recorded(self) -> int:
+        return sum(tensor.shape[-2] for tensor in self.past.get("key", ()))
+
+    def _replay(self, tokens: int) -> dict[str, Tensor]:
+        """The tensors after the base and so many of the recorded tokens."""
+        past = {name: torch.cat(tensors, -2)[..., :tokens, :] for name, tensors in self.past.items()}
+        # The state alone needs no causal pass: a total over the tokens, each as the rest of them leaves it.
+        dtype = torch.promote_types(past["key"].dtype, torch.float32)
+        key_mask = past["key_mask"]  # [B,T,1]
+        log_decay = past["log_decay"].masked_fill(~key_mask[:, None], 0.0)
+        rest = log_decay.to(self.tensors["log_Z"].dtype).flip(2).cumsum(2).flip(2)[:, :, 1:]
+        key = past["key"].to(dtype) + nn.functional.pad(rest, (0, 0, 0, min(1, tokens))).to(dtype)
+        _, state = constant_attention(key, key, past["value"].to(dtype), key_mask=key_mask[..., 0], is_causal=False)
+        if "mean" in self.base:
+            state = ConstAttnState(self.base["log_Z"], self.base["mean"]).merge(state, log_decay)
+        tensors = self.base | {"log_Z": state.log_Z, "mean": state.mean}
+        for name in ("conv", "position"):
+            if name in past:
+                before = self.base.get(name, torch.zeros_like(self.tensors[name]))
+                if name == "conv":
+                    tensors[name] = torch.cat([before, past[name]], 1)[:, tokens:]
+                else:
+                    tensors[name] = torch.cat([before[:, None], past[name]], 1)[:, tokens]
+        return tensors
 
     # The base classes' own ways to store things. The model's layers use `write`.
     def lazy_initialization(self, *args, **kwargs) -> None:
@@ -162,4 +268,379 @@ def cache_nbytes(cache: Cache) -> int:
     return total
 
 
-__all__ = ["ConstAttnCacheLayer", "cache_nbytes"]
+# -------------------------------------------------------------------------------------------------- rows: one batch of many caches
+
+
+def rows_behind(cache: Cache) -> Tensor | None:
+    """[B]: how many tokens fewer than `cache.get_seq_length()` each row has seen; None where all have seen as many."""
+    return next((layer.tensors["behind"] for layer in cache.layers if "behind" in getattr(layer, "tensors", ())), None)
+
+
+def row_lengths(cache: Cache) -> list[int]:
+    """The tokens that each row of a cache has seen; no rows before the first token."""
+    rows = max((tensor.shape[0] for layer in cache.layers for tensor in _tensors(layer).values()), default=0)
+    behind = rows_behind(cache)
+    seen = int(cache.get_seq_length())
+    return [seen] * rows if behind is None else [seen - short for short in behind.tolist()]
+
+
+def stack_caches(caches: Sequence[Cache]) -> DynamicCache:
+    """Caches of one model as one batch, row after row: `model(next_tokens, past_key_values=stacked)` continues them all.
+
+    The rows may have seen different numbers of tokens. Constant layers do not look at that. Sliding-window layers hold the
+    shorter rows as a left-padded batch does: `forward` without attention_mask and position_ids accounts for it, and `generate()`
+    is given the attention_mask of a left-padded batch, as always. The result shares no memory with the caches given.
+
+    Raises:
+        ValueError: if there is no cache, or one has seen nothing, or their layers differ in kind, shape or dtype; or if rows
+            differ in length and no layer is one of constant attention.
+        TypeError: for layers of another kind than a `DynamicCache` of these models has.
+    """
+    lengths = [row_lengths(cache) for cache in caches]
+    if not all(lengths):
+        raise ValueError(
+            f"of {len(caches)} caches, those with numbers {[i for i, rows in enumerate(lengths) if not rows]} have "
+            "seen nothing yet: there is nothing to stack"
+        )
+    kinds = [[(type(layer), getattr(layer, "sliding_window", None)) for layer in cache.layers] for cache in caches]
+    if not caches or any(other != kinds[0] for other in kinds):
+        raise ValueError("stack_caches needs one or more caches of one model; these have different layers")
+    flat = torch.tensor([length for rows in lengths for length in rows])
+    longest = int(flat.max())
+    stacked = DynamicCache()
+    stacked.layers = []
+    for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+        parts = [_tensors(layer) for layer in layers]
+        joined = {}
+        for name in sorted({name for part in parts for name in part} - {"behind"}):
+            known = next(part[name] for part in parts if name in part)
+            # A window that nothing has gone through yet has no tensors.
+            tensors = [
+                part.get(name, known.new_zeros(len(rows), *known.shape[1:]))
+                for part, rows in zip(parts, lengths, strict=True)
+            ]
+            if isinstance(layers[0], DynamicSlidingWindowLayer):
+                width = min(longest, layers[0].sliding_window - 1)
+                tensors = [_at_right(tensor, width) for tensor in tensors]
+            if len({(*tensor.shape[1:], tensor.dtype) for tensor in tensors}) > 1:
+                found = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors)
+                raise ValueError(f"these caches are of different models: {name} of layer {number} is {found}")
+            joined[name] = torch.cat(tensors)
+        if isinstance(layers[0], ConstAttnCacheLayer) and flat.min() < longest:
+            joined["behind"] = (longest - flat).to(joined["mean"].device)
+        stacked.layers.append(_filled(_empty_like(layers[0]), joined, longest))
+    if flat.min() < longest and rows_behind(stacked) is None:
+        raise ValueError(
+            f"a cache without constant-attention layers cannot hold rows of {int(flat.min())} and {longest} tokens"
+        )
+    return stacked
+
+
+def merge_caches(caches: Sequence[Cache]) -> DynamicCache:
+    """A cache that remembers separate texts, given those of each, row by row: the attention states are merged.
+
+    That is exact for one layer on given keys and values (`ConstAttnState.merge`). A model is not one layer: from the second
+    on, keys and values depend on what the layers below have read, here on each text alone. So this is not the cache of the texts
+    in a row, and with forgetting the earlier texts do not fade while later ones are read. What that is worth,
+    `scripts/compare_prefixes.py` measures. All that is local (convolution inputs, windows, positions and the token count) is
+    that of the last cache. The result shares no memory with the caches given.
+
+    Raises:
+        ValueError: if there is no cache, or one has seen nothing, or they are of different models or rows.
+        TypeError: for layers of another kind than a `DynamicCache` of these models has.
+    """
+    if len({(len(cache.layers), len(row_lengths(cache))) for cache in caches}) != 1 or not row_lengths(caches[0]):
+        raise ValueError(
+            "merge_caches needs one or more caches of one model, with as many rows, that have read something"
+        )
+    merged = stack_caches([caches[-1]])
+    for number, layer in enumerate(merged.layers):
+        if isinstance(layer, ConstAttnCacheLayer):
+            states = [cast(ConstAttnState, cache.layers[number].state) for cache in caches]
+            state = functools.reduce(ConstAttnState.merge, states)
+            layer.write("log_Z", state.log_Z)
+            layer.write("mean", state.mean)
+    return merged
+
+
+def split_cache(cache: Cache) -> list[DynamicCache]:
+    """Each row of a cache as a cache of its own, the inverse of `stack_caches`. They share no memory."""
+    rows = []
+    for row, length in enumerate(row_lengths(cache)):
+        one = DynamicCache()
+        one.layers = []
+        for layer in cache.layers:
+            tensors = {name: tensor[row : row + 1] for name, tensor in _tensors(layer).items() if name != "behind"}
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                width = min(length, layer.sliding_window - 1)
+                tensors = {name: _at_right(tensor, width) for name, tensor in tensors.items()}
+            one.layers.append(_filled(_empty_like(layer), tensors, length))
+        rows.append(one)
+    return rows
+
+
+def _at_right(window: Tensor, width: int) -> Tensor:
+    """The last `width` tokens of [B,H,S,V], zeros before them where there are fewer."""
+    window = window[:, :, max(0, window.shape[2] - width) :]
+    return nn.functional.pad(window, (0, 0, width - window.shape[2], 0))
+
+
+def _tensors(layer: Any) -> dict[str, Tensor]:
+    """All that a layer remembers."""
+    if isinstance(layer, ConstAttnCacheLayer):
+        return layer.tensors
+    if type(layer) is not DynamicSlidingWindowLayer:
+        raise TypeError(
+            f"a {type(layer).__name__} cannot be saved, stacked or split; use DynamicCache(config=model.config)"
+        )
+    if not layer.is_initialized:
+        return {}
+    # While it records for `crop`, the layer holds more than its window.
+    width = min(layer.keys.shape[2], layer.sliding_window - 1)
+    return {"keys": _at_right(layer.keys, width), "values": _at_right(layer.values, width)}
+
+
+def _empty_like(layer: Any) -> Any:
+    if isinstance(layer, ConstAttnCacheLayer):
+        return ConstAttnCacheLayer()
+    return DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+
+
+def _filled(layer: Any, tensors: dict[str, Tensor], length: int) -> Any:
+    """A new layer with a copy of these tensors, after `length` tokens."""
+    if isinstance(layer, ConstAttnCacheLayer):
+        for name, tensor in tensors.items():
+            layer.write(name, tensor)
+        layer.advance(length)
+    elif tensors:
+        layer.lazy_initialization(tensors["keys"], tensors["values"])
+        layer.keys, layer.values = tensors["keys"].clone(), tensors["values"].clone()
+        layer.cumulative_length = length
+    return layer
+
+
+# ------------------------------------------------------------------------------------------------------------------------- files
+
+_FORMAT, _FORMAT_VERSION = "constattn-cache", "1"
+# Fields of the config that say nothing about what a state holds.
+_OTHER_FIELDS = (
+    "initializer_range",
+    "use_cache",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
+def save_cache(cache: Cache, path: str | os.PathLike, model: Any, notes: dict[str, str] | None = None) -> None:
+    """Writes a cache into one safetensors file, in place of an earlier one only when it is complete.
+
+    The header says which model the state belongs to: the fields of its config that shape or interpret a state and their
+    SHA-256, its dtype, and `weights_sha256`, a fingerprint of 256 evenly spaced numbers of every parameter of the base model
+    (the language-model head does not act on the state). So a state is told from that of another checkpoint of the same config,
+    trained otherwise; a difference in numbers that the fingerprint does not read goes unseen.
+
+    Args:
+        cache: a `DynamicCache` (or any cache of constant layers alone) that this model has filled; any number of rows.
+        path: the file, by custom named ….safetensors.
+        model: a model of this family, with or without a head.
+        notes: further entries of the header.
+
+    Raises:
+        ValueError: if the cache has seen nothing, or a note has the name of an entry.
+        TypeError: for layers of another kind than a `DynamicCache` of these models has.
+    """
+    tensors = {
+        f"layers.{number}.{name}": tensor.detach().contiguous()
+        for number, layer in enumerate(cache.layers)
+        for name, tensor in _tensors(layer).items()
+    }
+    if not tensors:
+        raise ValueError("the cache has seen nothing yet: there is nothing to save")
+    header = _model_header(model) | {
+        "format": _FORMAT,
+        "format_version": _FORMAT_VERSION,
+        "tokens_seen": str(int(cache.get_seq_length())),
+        "rows": str(len(row_lengths(cache))),
+    }
+    clash = header.keys() & (notes or {}).keys()
+    if clash:
+        raise ValueError(f"notes may not name {sorted(clash)}, which the header has already")
+    path = Path(path)
+    incomplete = path.with_name(f".{path.name}.incomplete")
+    try:
+        save_file(tensors, incomplete, header | (notes or {}))
+        incomplete.replace(path)
+    finally:
+        incomplete.unlink(missing_ok=True)
+
+
+def read_cache_header(path: str | os.PathLike) -> dict[str, str]:
+    """The header of a file that `save_cache` wrote, without its tensors.
+
+    Raises:
+        OSError: if the file is not there.
+        ValueError: if it is cut off, or no such file, or of a later format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' cannot be read: it is cut off or no safetensors file ({error})") from error
+    if header.get("format") != _FORMAT:
+        raise ValueError(
+            f"'{path}' holds no cache: its header names the format {header.get('format')!r}, not {_FORMAT!r}"
+        )
+    if header["format_version"] != _FORMAT_VERSION:
+        raise ValueError(
+            f"'{path}' has format version {header['format_version']}, this code reads {_FORMAT_VERSION}: use a later release"
+        )
+    return header
+
+
+def load_cache(path: str | os.PathLike, model: Any) -> DynamicCache:
+    """The cache that `save_cache` wrote, on the devices of the model's layers. Generation goes on from it exactly.
+
+    Raises:
+        OSError: if the file is not there.
+        ValueError: if it is cut off, or no such file, or belongs to another model; it says what differs.
+    """
+    saved, own = read_cache_header(path), _model_header(model)
+    differences = []
+    if saved["config_sha256"] != own["config_sha256"]:
+        theirs, ours = json.loads(saved["config"]), json.loads(own["config"])
+        for name in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(name) != ours.get(name):
+                differences.append(f"{name} is {theirs.get(name)}, the model's {ours.get(name)}")
+    elif saved["dtype"] != own["dtype"]:
+        differences.append(f"dtype is {saved['dtype']}, the model's {own['dtype']}")
+    elif saved["weights_sha256"] != own["weights_sha256"]:
+        differences.append("the weights are others, of the same config")
+    if differences:
+        raise ValueError(
+            f"'{path}' is the state of another model, {saved['model'] or 'unnamed'}: {'; '.join(differences)}"
+        )
+
+    cache = DynamicCache(config=model.config)
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        for number, layer in enumerate(cache.layers):
+            prefix = f"layers.{number}."
+            device = next(model.base_model.layers[number].parameters()).device
+            tensors = {
+                name.removeprefix(prefix): file.get_tensor(name).to(device) for name in names if name.startswith(prefix)
+            }
+            _filled(layer, tensors, int(saved["tokens_seen"]))
+    return cache
+
+
+def _model_header(model: Any) -> dict[str, str]:
+    config = {
+        name: getattr(model.config, name) for name in ConstAttnConfig.__annotations__ if name not in _OTHER_FIELDS
+    }
+    described = json.dumps(config, sort_keys=True)
+    weights = hashlib.sha256()
+    for name, parameter in model.base_model.named_parameters():
+        numbers = parameter.detach().flatten()
+        sample = numbers[:: max(1, len(numbers) // 256)].cpu().double()  # every dtype of weights is exact in float64
+        weights.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return {
+        "model": model.config._name_or_path,
+        "model_type": model.config.model_type,
+        "config": described,
+        "config_sha256": hashlib.sha256(described.encode()).hexdigest(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights_sha256": weights.hexdigest(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- a state is learned
+
+_MAX_LOG_Z_SHIFT = 10.0
+
+
+class LearnedState(nn.Module):
+    """A frozen model behind a state that is learned: all that training changes is where the model begins to read.
+
+        state = LearnedState(model, model(start, use_cache=True).past_key_values)   # begins as the state after a text, [1,T]
+        Trainer(state, arguments, train_dataset=…).train()                          # batches of input_ids [B,T] and labels
+        model.generate(prompt, past_key_values=state.cache(), …)
+        save_cache(state.cache(), "state.safetensors", model)                       # for load_cache, like any other
+
+    The parameters are what is added to each tensor of the given cache: to log_Z by way of 10·tanh(x/10), so that no slot weighs
+    e^10 times more or less than it did (a slot that outweighs all text would never learn from it, nor one that is outweighed);
+    means of the "heinsen" block, which are positive, are multiplied by exp(x). `state_dict` holds the parameters alone.
+
+    Args:
+        model: a model of this family; it is frozen.
+        cache: one row that the model has read. A text that tells what is wanted is a good beginning; one start token will do.
+
+    Raises:
+        ValueError: if the cache does not hold exactly one row.
+    """
+
+    def __init__(self, model: Any, cache: Cache):
+        super().__init__()
+        if len(row_lengths(cache)) != 1:
+            raise ValueError(f"the cache holds {len(row_lengths(cache))} rows; a learned state begins as one")
+        self.model, self.config = model.requires_grad_(False), model.config
+        self.start = split_cache(cache)[0]
+        self.register_state_dict_post_hook(_keep_shifts)
+        self.shifts = nn.ParameterDict(
+            {
+                f"{number}_{name}": nn.Parameter(torch.zeros_like(tensor, dtype=torch.float32))
+                for number, layer in enumerate(self.start.layers)
+                for name, tensor in _tensors(layer).items()
+            }
+        )
+
+    def cache(self, rows: int = 1) -> DynamicCache:
+        """The state, once for each row of a batch; gradients flow to the parameters."""
+        begun = DynamicCache()
+        begun.layers = []
+        for number, layer in enumerate(self.start.layers):
+            tensors = {
+                name: self._shifted(name, tensor, self.shifts[f"{number}_{name}"]).expand(rows, *tensor.shape[1:])
+                for name, tensor in _tensors(layer).items()
+            }
+            begun.layers.append(_filled(_empty_like(layer), tensors, int(layer.get_seq_length())))
+        return begun
+
+    def _shifted(self, name: str, tensor: Tensor, shift: Tensor) -> Tensor:
+        tensor = tensor.to(shift.device)
+        if name == "log_Z":
+            return tensor + _MAX_LOG_Z_SHIFT * (shift / _MAX_LOG_Z_SHIFT).tanh()
+        if name == "mean" and self.config.block_type == "heinsen":
+            return tensor * shift.exp().to(tensor.dtype)
+        return tensor + shift.to(tensor.dtype)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """As of the model, for input_ids, attention_mask and labels [B,T] that begin after the state."""
+        kwargs |= {"past_key_values": self.cache(len(input_ids)), "use_cache": True}
+        if attention_mask is not None:
+            attention_mask = nn.functional.pad(attention_mask, (int(self.start.get_seq_length()), 0), value=1)
+        return self.model(input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+
+
+def _keep_shifts(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in [name for name in state_dict if not name.startswith(f"{prefix}shifts.")]:
+        del state_dict[name]
+
+
+__all__ = [
+    "MAX_ROLLBACK",
+    "ConstAttnCacheLayer",
+    "LearnedState",
+    "cache_nbytes",
+    "load_cache",
+    "merge_caches",
+    "read_cache_header",
+    "row_lengths",
+    "rows_behind",
+    "save_cache",
+    "split_cache",
+    "stack_caches",
+]

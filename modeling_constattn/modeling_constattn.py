@@ -29,7 +29,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_constattn import constant_attention, log_linear_recurrence
-from .cache_constattn import ConstAttnCacheLayer
+from .cache_constattn import ConstAttnCacheLayer, rows_behind
 from .configuration_constattn import ConstAttnConfig
 
 _INITIAL_LOG_DECAY = -0.0433  # log f of a new forget gate, = logsigmoid(0)/16: half-forgotten after 16 tokens
@@ -131,6 +131,9 @@ class ConstantAttention(nn.Module):
             cache.write("log_Z", state.log_Z)
             cache.write("mean", state.mean)
             cache.advance(T)
+            if cache.record_past:
+                inputs = None if self.conv is None else joint
+                cache.record(key=key, value=value, log_decay=log_decay, key_mask=key_mask, conv=inputs)
 
         output = output.transpose(1, 2)  # [B,T,H,V]
         if self.norm is not None:
@@ -299,6 +302,8 @@ class HeinsenPositions(nn.Module):
             positions = torch.cat(rows)
         if cache is not None:
             cache.write("position", positions[:, -1])
+            if cache.record_past:
+                cache.record(position=positions)
         return x + positions.to(x.dtype)
 
 
@@ -344,6 +349,8 @@ class HeinsenBlock(GradientCheckpointingLayer):
             cache.write("log_Z", state.log_Z)
             cache.write("mean", state.mean)
             cache.advance(T)
+            if cache.record_past:
+                cache.record(key=key.float(), value=value, log_decay=log_decay, key_mask=key_mask)
         if key_mask is not None:  # a row that has seen nothing reads 0, whose log has no gradient
             output = output.masked_fill(output == 0, 1.0)
         log_output = output.log().to(hidden_states.dtype).transpose(1, 2).reshape(B, T, -1)
@@ -366,7 +373,6 @@ class ConstAttnPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _is_stateful = True
     _can_record_outputs = {"hidden_states": [ConstAttnBlock, HeinsenBlock], "attentions": SlidingAttention}
 
     @torch.no_grad()
@@ -504,6 +510,12 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
         B, T, _ = inputs_embeds.shape
         sliding = "sliding_attention" in self.config.layer_types
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if sliding and past_key_values is not None and (behind := rows_behind(past_key_values)) is not None:
+            time = torch.arange(seen + T, device=inputs_embeds.device)  # stacked caches: a left-padded batch
+            if attention_mask is None:
+                attention_mask = (time >= behind[:, None]).long()
+            if position_ids is None:
+                position_ids = time[seen:] - behind[:, None]
         if isinstance(attention_mask, dict):  # made by `generate`
             masks = dict(attention_mask)
         else:

@@ -214,7 +214,8 @@ def trained(name: str, config: Any, rate: float, run: train.Run, work: Path) -> 
         run, model=str(folder / "config"), tokenizer=str(work / "tokenizer"), training=run.training | training
     )
     own.training.pop("save_steps", None)
-    keys = {key: value for key, value in dataclasses.asdict(own).items() if value is not None and key != "label_column"}
+    others = train.keys_of_other_tasks(own.task)
+    keys = {key: value for key, value in dataclasses.asdict(own).items() if value is not None and key not in others}
     settings = yaml.safe_dump({"run": keys, "config": config.to_json_string()})
     file = folder / "settings.yaml"
     if file.is_file() and file.read_text() == settings and (folder / "model/training_summary.json").is_file():

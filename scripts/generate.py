@@ -22,7 +22,7 @@ from checkpoints import load_model, load_tokenizer
 from documents import start_token_id, token_ids
 from transformers import Cache, TextStreamer, set_seed
 
-from modeling_constattn import cache_nbytes
+from modeling_constattn import ConstAttnCacheLayer, cache_nbytes
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -31,22 +31,12 @@ def main(arguments: list[str] | None = None) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="text to continue; without --prompt and --file it is read from stdin")
     source.add_argument("--file", type=Path, help="text file to continue")
-    parser.add_argument("--chunk-size", type=int, default=2048, help="prompt tokens read at a time (%(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="(%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="(%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    add_options(parser)
     options = parser.parse_args(arguments)
-    if options.chunk_size < 1 or options.max_new_tokens < 1:
-        parser.error("--chunk-size and --max-new-tokens are at least 1")
-    if options.temperature < 0 or not 0 < options.top_p <= 1:
-        parser.error(
-            f"--temperature {options.temperature} is to be 0 or more, --top-p {options.top_p} above 0 and at most 1"
-        )
+    check_options(parser, options)
 
     tokenizer = load_tokenizer(options.checkpoint)
     model = load_model(options.checkpoint, tokenizer).to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    set_seed(options.seed)
 
     began = time.perf_counter()
     with open_prompt(options.prompt, options.file) as prompt:
@@ -56,28 +46,25 @@ def main(arguments: list[str] | None = None) -> None:
         except UnicodeDecodeError as error:
             raise SystemExit(f"error: the prompt '{options.file or 'stdin'}' is not UTF-8 text: {error}") from error
     prefill_seconds = time.perf_counter() - began
+    print(f"prompt {length:,} tokens, read at {length / prefill_seconds:,.0f} tokens/s; ", end="", file=sys.stderr)
+    stream(model, tokenizer, cache, last, length, options)
 
-    sampling: dict[str, Any] = {"do_sample": False}
-    if options.temperature > 0:
-        sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
-    began = time.perf_counter()
-    output = model.generate(
-        torch.tensor([[last]], device=model.device),  # what the cache holds is not repeated, the mask counts it
-        attention_mask=torch.ones(1, length, dtype=torch.long, device=model.device),
-        past_key_values=cache,
-        max_new_tokens=options.max_new_tokens,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        return_dict_in_generate=True,
-        **sampling,
-    )
-    decode_seconds = time.perf_counter() - began
-    new = output.sequences.shape[1] - 1
-    print(
-        f"prompt {length:,} tokens, read at {length / prefill_seconds:,.0f} tokens/s; "
-        f"{new:,} new tokens at {new / decode_seconds:,.1f} tokens/s; "
-        f"cache {cache_nbytes(output.past_key_values):,} bytes",
-        file=sys.stderr,
-    )
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--chunk-size", type=int, default=2048, help="prompt tokens read at a time (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="(%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.chunk_size < 1 or options.max_new_tokens < 1:
+        parser.error("--chunk-size and --max-new-tokens are at least 1")
+    if options.temperature < 0 or not 0 < options.top_p <= 1:
+        parser.error(
+            f"--temperature {options.temperature} is to be 0 or more, --top-p {options.top_p} above 0 and at most 1"
+        )
 
 
 def open_prompt(prompt: str | None, file: Path | None) -> TextIO:
@@ -92,14 +79,42 @@ def open_prompt(prompt: str | None, file: Path | None) -> TextIO:
 
 
 @torch.no_grad()  # like `generate`: what inference_mode makes, the cache could not be updated in later
-def prefill(model: Any, ids: Iterator[int], chunk_size: int) -> tuple[Cache | None, int, int]:
-    """Reads all tokens but the last into a cache. Returns the cache (None after one token), the last, the length."""
-    last, length, cache = next(ids), 1, None
+def prefill(
+    model: Any, ids: Iterator[int], chunk_size: int, cache: Cache | None = None
+) -> tuple[Cache | None, int, int]:
+    """Reads all tokens but the last into a cache. Returns the cache (None after one token), the last, how many there are."""
+    last, length = next(ids), 1
     while chunk := list(itertools.islice(ids, chunk_size)):
         inputs = torch.tensor([[last, *chunk[:-1]]], device=model.device)
         cache = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
         last, length = chunk[-1], length + len(chunk)
     return cache, last, length
+
+
+def stream(model: Any, tokenizer: Any, cache: Cache | None, last: int, length: int, options: Any) -> None:
+    """Writes the continuation of `length` tokens, all but the last of which are in the cache; says what it cost."""
+    set_seed(options.seed)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if options.temperature > 0:
+        sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+    # What the cache holds is not repeated in the input, and a mask longer than the input says so. Only window layers look at
+    # more of it: a mask over a million tokens takes longer than the first new token.
+    only_constant = all(isinstance(layer, ConstAttnCacheLayer) for layer in cache.layers) if cache else False
+    mask = torch.ones(1, min(length, 2) if only_constant else length, dtype=torch.long, device=model.device)
+    began = time.perf_counter()
+    output = model.generate(
+        torch.tensor([[last]], device=model.device),
+        attention_mask=mask,
+        past_key_values=cache,
+        max_new_tokens=options.max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        return_dict_in_generate=True,
+        **sampling,
+    )
+    seconds = time.perf_counter() - began
+    new = output.sequences.shape[1] - 1
+    size = cache_nbytes(output.past_key_values)
+    print(f"{new:,} new tokens at {new / seconds:,.1f} tokens/s; cache {size:,} bytes", file=sys.stderr)
 
 
 if __name__ == "__main__":

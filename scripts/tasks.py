@@ -233,7 +233,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 TASKS = {
-    "causal-lm": Task(AutoModelForCausalLM, causal_lm),
+    "causal-lm": Task(AutoModelForCausalLM, causal_lm, keys=("state_block", "detach_state")),
     "masked-lm": Task(AutoModelForMaskedLM, masked_lm, keys=("mlm_probability", "whole_word_mask")),
     "sequence-classification": Task(
         AutoModelForSequenceClassification, sequence_classification, keys=("label_column",), compute_metrics=accuracy

@@ -8,14 +8,17 @@
 
 The YAML file holds what differs for this run (the fields of `Run` below); key=value arguments, read as YAML, go over
 it. `training` is handed to `transformers.TrainingArguments`. For language models, documents are joined by the
-end-of-text token and packed into blocks of `block_size` tokens; a classifier reads one document at a time (tasks.py). In
-the end `training.output_dir` holds the model, its tokenizer, training_summary.json and the settings as training.yaml,
+end-of-text token and packed into blocks of `block_size` tokens; a classifier reads one document at a time (tasks.py). With
+`state_block`, such blocks may be as long as documents: they are read that many tokens at a time (blocks.py).
+
+In the end `training.output_dir` holds the model, its tokenizer, training_summary.json and the settings as training.yaml,
 each complete before it takes the place of an earlier one.
 """
 
 import argparse
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import platform
@@ -31,6 +34,7 @@ from typing import Any
 
 import torch
 import yaml
+from blocks import BlockTrainer
 from checkpoints import WEIGHTS, check_vocabulary, has_weights, load_model, load_tokenizer
 from datasets import IterableDataset
 from documents import load_documents, start_token_id
@@ -76,6 +80,10 @@ class Run:
     label_column: str = "label"  # sequence-classification: texts or whole numbers, one for each text
     streaming: bool = False  # read data while training, for what does not fit the disk; needs training.max_steps
     block_size: int = 1024  # tokens of one training sequence; sequence-classification: the most, longer texts are cut
+    state_block: int | None = (
+        None  # causal-lm: tokens read at a time, the state handed on; bounds memory as a block does
+    )
+    detach_state: bool = True  # … gradients end at the state, else they are those of the whole block_size
     mlm_probability: float = 0.3  # masked-lm: the share of tokens to hide
     whole_word_mask: bool = False  # masked-lm: hide all tokens of a word or none
 
@@ -111,8 +119,11 @@ def main(arguments: list[str] | None = None) -> dict:
     say(f"model: {model.num_parameters():,} parameters, {type(model).__name__}, training on {args.device}")
 
     throughput = Throughput()
+    trainer_class: Any = Trainer
+    if run.state_block is not None:
+        trainer_class = functools.partial(BlockTrainer, state_block=run.state_block, detach_state=run.detach_state)
     try:
-        trainer = Trainer(
+        trainer = trainer_class(
             model=model,
             args=args,
             train_dataset=data.rows,
@@ -230,6 +241,15 @@ def read_run(file: Path, overrides: list[str]) -> Run:
         raise SystemExit(
             f"error: block_size is {run.block_size}; a block needs at least 2 tokens, one to predict another"
         )
+    if run.state_block is not None:
+        if run.state_block < 1:
+            raise SystemExit(f"error: state_block is {run.state_block}; it is a number of tokens, at least 1")
+        for name in (
+            "gradient_checkpointing",
+            "label_smoothing_factor",
+        ):  # one drops the state, one shifts labels again
+            if run.training.get(name):
+                raise SystemExit(f"error: training.{name} does not go with state_block: leave one of them out")
     if run.eval_data is not None and run.eval_fraction is not None:
         raise SystemExit("error: eval_data and eval_fraction are both given; one of them says what is held out")
     if run.eval_fraction is not None and not 0 < run.eval_fraction < 1:

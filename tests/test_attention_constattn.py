@@ -430,3 +430,26 @@ def test_bad_states():
         ConstAttnState.from_logs(state.log_S, state.log_Z[..., 0])
     with pytest.raises(ValueError, match="cannot merge states of shapes"):
         state.merge(ConstAttnState.empty(1, 2, 3, 5, torch.float32, "cpu"))
+
+
+@pytest.mark.parametrize("slots", [4, 1], ids=["decay per slot", "decay per head"])
+def test_merged_in_order_with_forgetting_is_the_joint_computation(slots):
+    """The earlier text fades while the later ones are read; associative."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (5, 70, 33)
+    q, k, v = (torch.randn(2, 3, sum(lengths), size, generator=generator) for size in (4, 4, 6))
+    f = -0.05 * torch.rand(2, 3, sum(lengths), slots, generator=generator)
+    f[0, 0, 50] = float("-inf")  # a new document
+    mask = torch.rand(2, sum(lengths), generator=generator) > 0.2
+    f = f.masked_fill(~mask[:, None, :, None], 0.0)
+    parts = list(zip(*(x.split(lengths, 2) for x in (q, k, v, f)), mask.split(lengths, 1), strict=True))
+
+    def state(q, k, v, f, mask):
+        return constant_attention(q, k, v, log_decay=f, key_mask=mask)[1]
+
+    a, b, c = (state(*part) for part in parts)
+    fb, fc = parts[1][3], parts[2][3]
+    joint = state(q, k, v, f, mask)
+    for merged in (a.merge(b, fb).merge(c, fc), a.merge(b.merge(c, fc), torch.cat([fb, fc], 2))):
+        torch.testing.assert_close(merged.log_Z, joint.log_Z, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(merged.mean, joint.mean, rtol=1e-5, atol=1e-6)

@@ -4,14 +4,24 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from safetensors.torch import save_file
+from torch import nn
+from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 
 from modeling_constattn import (
     ConstAttnCacheLayer,
     ConstAttnConfig,
     ConstAttnForCausalLM,
     ConstAttnState,
+    LearnedState,
     cache_nbytes,
+    load_cache,
+    merge_caches,
+    read_cache_header,
+    row_lengths,
+    save_cache,
+    split_cache,
+    stack_caches,
 )
 
 
@@ -139,13 +149,6 @@ def test_gradients_through_the_cache_are_those_of_the_whole_text(model):
     model.zero_grad()
 
 
-def test_no_token_can_be_taken_back(model):
-    cache = fill(model)
-    assert not cache.is_croppable
-    with pytest.raises(NotImplementedError, match="cannot take tokens back"):
-        cache.crop(-1)
-
-
 def test_refuses_the_cache_of_another_model(model):
     ids = torch.zeros(2, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="has 0 layers, the model 2"):
@@ -167,3 +170,468 @@ def test_refuses_the_cache_of_another_model(model):
     )
     with pytest.raises(ValueError, match=r"layers\[1\] is a DynamicSlidingWindowLayer"):
         model(ids, past_key_values=DynamicCache(config=hybrid))
+
+
+# ------------------------------------------------------------------------------------------------ files, and rows of a batch
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+}
+WINDOW = {"mixer_types": ["constant_attention", "sliding_attention", "constant_attention"], "sliding_window": 8}
+FAMILY = {
+    "default": {"num_slots": 8},
+    "hybrid": WINDOW,
+    "window first": WINDOW | {"mixer_types": ["sliding_attention", "constant_attention", "sliding_attention"]},
+    "heinsen": {"block_type": "heinsen"},
+}
+
+
+def make_model(kind, seed=0, **fields):
+    torch.manual_seed(seed)
+    model = ConstAttnForCausalLM(ConstAttnConfig(**(SMALL | FAMILY[kind] | fields))).eval()
+    for parameter in model.parameters():  # away from the small initial weights, where every path looks alike
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.fixture(scope="module", params=list(FAMILY))
+def member(request):
+    return make_model(request.param)
+
+
+def text(tokens, batch=1, seed=0):
+    return torch.randint(0, 64, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def read(model, *pieces):
+    cache = None
+    for piece in pieces:
+        cache = model(piece, past_key_values=cache, use_cache=True).past_key_values
+    return cache
+
+
+@torch.no_grad()
+def continued(model, cache, ids):
+    """The logits of ids, token by token, after what a copy of the cache has seen."""
+    cache = copy.deepcopy(cache)
+    return torch.cat([model(token, past_key_values=cache).logits for token in ids.split(1, 1)], 1)
+
+
+def greedy(model, cache, length, rows=1):
+    """Twelve tokens after the token 7 and a cache of so many tokens."""
+    mask = torch.ones(rows, length + 1, dtype=torch.long)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    return model.generate(
+        torch.full((rows, 1), 7), attention_mask=mask, past_key_values=copy.deepcopy(cache), **options
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 30])
+def test_a_saved_cache_goes_on_exactly(member, tmp_path, tokens):
+    cache, file = read(member, text(tokens)), tmp_path / "state.safetensors"
+    save_cache(cache, file, member, notes={"last_token": "7"})
+    loaded = load_cache(file, member)
+    assert torch.equal(continued(member, loaded, text(20, seed=1)), continued(member, cache, text(20, seed=1)))
+    assert torch.equal(greedy(member, loaded, tokens), greedy(member, cache, tokens))
+    assert int(loaded.get_seq_length()) == tokens
+    assert cache_nbytes(loaded) == cache_nbytes(cache)
+    header = read_cache_header(file)
+    assert (header["tokens_seen"], header["rows"], header["dtype"], header["last_token"]) == (
+        str(tokens),
+        "1",
+        "float32",
+        "7",
+    )
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_saved_batch_of_rows_of_different_length(member, tmp_path):
+    caches = [read(member, text(length, seed=length)) for length in (3, 20)]
+    save_cache(stack_caches(caches), tmp_path / "state.safetensors", member)
+    for loaded, cache in zip(split_cache(load_cache(tmp_path / "state.safetensors", member)), caches, strict=True):
+        assert torch.equal(continued(member, loaded, text(9)), continued(member, cache, text(9)))
+
+
+def test_a_head_does_not_change_whose_state_it_is(tmp_path):
+    model = make_model("default")
+    save_cache(read(model, text(4)), tmp_path / "state.safetensors", model)
+    load_cache(tmp_path / "state.safetensors", model.model)
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (lambda: make_model("default", num_slots=16), "num_slots is 8, the model's 16"),
+        (lambda: make_model("default", forget_gate_bound=0.25), r"forget_gate_bound is 0\.5, the model's 0\.25"),
+        (lambda: make_model("hybrid"), "mixer_types is .*; num_slots is .*; sliding_window is None, the model's 8"),
+        (lambda: make_model("default").bfloat16(), "dtype is float32, the model's bfloat16"),
+        (lambda: make_model("default", seed=1), "the weights are others, of the same config"),
+    ],
+    ids=["shape", "meaning", "kind", "dtype", "weights"],
+)
+def test_another_models_state_is_refused(tmp_path, other, says):
+    model, file = make_model("default"), tmp_path / "state.safetensors"
+    save_cache(read(model, text(4)), file, model)
+    with pytest.raises(ValueError, match=f"is the state of another model, unnamed: {says}"):
+        load_cache(file, other())
+
+
+def test_one_training_step_makes_another_model(tmp_path):
+    model, file = make_model("default"), tmp_path / "state.safetensors"
+    save_cache(read(model, text(4)), file, model)
+    model.train()
+    optimizer = torch.optim.AdamW(model.model.layers[1].mixer.q_proj.parameters(), lr=1e-5)
+    model(text(20), labels=text(20)).loss.backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="the weights are others"):
+        load_cache(file, model)
+
+
+def test_files_that_hold_no_cache(tmp_path):
+    model, file = make_model("default"), tmp_path / "state.safetensors"
+    with pytest.raises(ValueError, match="has seen nothing yet"):
+        save_cache(DynamicCache(config=model.config), file, model)
+    with pytest.raises(FileNotFoundError):
+        load_cache(file, model)
+    save_cache(read(model, text(4)), file, model)
+    whole = file.read_bytes()
+    with pytest.raises(ValueError, match=r"notes may not name \['rows'\]"):
+        save_cache(read(model, text(4)), file, model, notes={"rows": "2"})
+    for cut in (4, 100, len(whole) - 1):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(
+            ValueError, match=r"state.safetensors' cannot be read: it is cut off or no safetensors file"
+        ):
+            load_cache(file, model)
+    save_file({"x": torch.zeros(1)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="holds no cache: its header names the format 'pt'"):
+        load_cache(file, model)
+    save_file({"x": torch.zeros(1)}, file, {"format": "constattn-cache", "format_version": "2"})
+    with pytest.raises(ValueError, match="has format version 2, this code reads 1"):
+        load_cache(file, model)
+
+
+def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
+    model, file = make_model("default"), tmp_path / "state.safetensors"
+    save_cache(read(model, text(4)), file, model)
+    whole = file.read_bytes()
+
+    def full_disk(tensors, path, header):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("modeling_constattn.cache_constattn.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_cache(read(model, text(9)), file, model)
+    assert file.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("lengths", [(12, 12), (3, 20, 5), (1, 7, 8, 9)], ids=str)
+def test_stacked_rows_are_each_row_alone(member, lengths):
+    """Some within the window of 8, some beyond it; token by token and in one piece; then split, and stacked anew."""
+    caches = [read(member, text(length, seed=length)) for length in lengths]
+    ids = text(12, batch=len(lengths), seed=99)
+    stacked = stack_caches(caches)
+    assert row_lengths(stacked) == list(lengths)
+    with torch.no_grad():
+        whole = member(ids, past_key_values=copy.deepcopy(stacked)).logits
+        logits = torch.cat([member(token, past_key_values=stacked).logits for token in ids.split(1, 1)], 1)
+    rows = split_cache(stacked)
+    for i, (cache, row) in enumerate(zip(caches, rows, strict=True)):
+        expected = continued(member, cache, ids[i : i + 1])
+        for found in (logits, whole):
+            torch.testing.assert_close(found[i : i + 1], expected, rtol=1e-4, atol=1e-5)
+        assert row_lengths(row) == [lengths[i] + 12]
+        again = continued(member, read(member, text(lengths[i], seed=lengths[i]), ids[i : i + 1]), text(9))
+        torch.testing.assert_close(continued(member, row, text(9)), again, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_are_stacked_and_the_longest_row_removed(member):
+    caches = [read(member, text(length, seed=length)) for length in (3, 30, 5)]
+    stacked = stack_caches([stack_caches(caches[:2]), caches[2]])
+    stacked.batch_select_indices(torch.tensor([2, 0]))
+    assert row_lengths(stacked) == [5, 3]
+    stacked = stack_caches([stacked, caches[0]])
+    logits = continued(member, stacked, text(9).expand(3, -1))
+    for i, cache in enumerate((caches[2], caches[0], caches[0])):
+        torch.testing.assert_close(logits[i : i + 1], continued(member, cache, text(9)), rtol=1e-4, atol=1e-5)
+
+
+def test_generate_from_stacked_rows_is_generation_from_each(member):
+    lengths = (3, 20)
+    caches = [read(member, text(length, seed=length)) for length in lengths]
+    mask = (torch.arange(21) >= torch.tensor([[17], [0]])).long()  # of a left-padded batch
+    options = {"max_new_tokens": 12, "do_sample": False}
+    found = member.generate(torch.full((2, 1), 7), attention_mask=mask, past_key_values=stack_caches(caches), **options)
+    for row, cache, length in zip(found, caches, lengths, strict=True):
+        assert torch.equal(row[None], greedy(member, cache, length))
+
+
+def test_one_state_forked_over_a_batch(member):
+    cache = read(member, text(20))
+    fork = copy.deepcopy(cache)
+    fork.batch_repeat_interleave(3)
+    ids = text(6, batch=3, seed=5)
+    logits = continued(member, fork, ids)
+    for i in range(3):
+        torch.testing.assert_close(logits[i : i + 1], continued(member, cache, ids[i : i + 1]), rtol=1e-4, atol=1e-5)
+
+
+def test_stacked_and_split_share_nothing(member):
+    cache = read(member, text(20))
+    expected = continued(member, cache, text(9))
+    for other in (*split_cache(cache), stack_caches([cache])):
+        read_on = [member(text(9, seed=4), past_key_values=other)]
+        assert len(read_on) == 1
+        assert torch.equal(continued(member, cache, text(9)), expected)
+
+
+def test_merged_caches_are_exact_where_keys_do_not_hang_on_context():
+    """That is in the first layer, without convolution and forgetting; not in the second."""
+    model = make_model("default", conv_kernel_size=1, use_forget_gate=False)
+    texts = [text(length, batch=2, seed=length) for length in (5, 30, 9)]
+    caches = [read(model, ids) for ids in texts]
+    joint, merged = read(model, *texts), merge_caches(caches)
+    swapped = merge_caches([caches[2], merge_caches(caches[:2])])
+    for other in (merged, swapped):
+        torch.testing.assert_close(other.layers[0].log_Z, joint.layers[0].log_Z)
+        torch.testing.assert_close(other.layers[0].state.mean, joint.layers[0].state.mean, rtol=1e-4, atol=1e-6)
+    assert (merged.layers[1].log_Z - joint.layers[1].log_Z).abs().max() > 1e-2
+    torch.testing.assert_close(merged.layers[1].log_Z, swapped.layers[1].log_Z)
+
+
+def test_merged_caches_have_the_surroundings_of_the_last(member):
+    caches = [read(member, text(length, seed=length)) for length in (9, 20)]
+    expected = continued(member, caches[0], text(9))
+    merged = merge_caches(caches)
+    assert row_lengths(merged) == [20]
+    for layer, last in zip(merged.layers, caches[1].layers, strict=True):
+        if isinstance(layer, ConstAttnCacheLayer):
+            assert all(
+                torch.equal(layer.tensors[name], last.tensors[name])
+                for name in layer.tensors.keys() - {"log_Z", "mean"}
+            )
+        else:
+            assert torch.equal(layer.keys, last.keys)
+    logits = continued(member, merged, text(9))
+    assert not torch.allclose(logits, continued(member, caches[1], text(9)), atol=1e-3)
+    assert torch.equal(continued(member, caches[0], text(9)), expected)  # as it was
+    for wrong in ([], [DynamicCache(config=member.config)], [caches[0], read(member, text(9, batch=2))]):
+        with pytest.raises(ValueError, match="merge_caches needs one or more caches"):
+            merge_caches(wrong)
+
+
+def test_what_cannot_be_stacked():
+    model = make_model("default")
+    cache = read(model, text(3))
+    with pytest.raises(ValueError, match="needs one or more caches"):
+        stack_caches([])
+    with pytest.raises(ValueError, match=r"of 2 caches, those with numbers \[1\] have seen nothing yet"):
+        stack_caches([cache, DynamicCache(config=model.config)])
+    with pytest.raises(ValueError, match="these have different layers"):
+        stack_caches([cache, read(make_model("hybrid"), text(3))])
+    with pytest.raises(ValueError, match="of different models: conv of layer 0 is"):
+        stack_caches([cache, read(make_model("default", num_slots=16), text(3))])
+    windows = make_model("hybrid", mixer_types=["sliding_attention"] * 3)
+    with pytest.raises(ValueError, match="without constant-attention layers cannot hold rows of 3 and 9 tokens"):
+        stack_caches([read(windows, text(3)), read(windows, text(9))])
+    static = StaticCache(config=make_model("hybrid").config, max_cache_len=32)
+    with pytest.raises(TypeError, match="StaticSlidingWindowLayer cannot be saved, stacked or split"):
+        stack_caches([static])
+
+
+# ------------------------------------------------------------------------------------------------------------- taking tokens back
+
+
+@pytest.fixture(scope="module", params=list(FAMILY))
+def exact_member(request):
+    """In float64, where rounding errors (of decays, and of the "heinsen" block: float32) do not choose another token."""
+    return make_model(request.param).double()
+
+
+def same_state(model, cache, expected):
+    assert int(cache.get_seq_length()) == int(expected.get_seq_length())
+    for layer, other in zip(cache.layers, expected.layers, strict=True):
+        for name, tensor in getattr(other, "tensors", {}).items():
+            torch.testing.assert_close(layer.tensors[name], tensor, rtol=1e-5, atol=1e-6)
+    ids = text(6, batch=len(row_lengths(cache)), seed=8)
+    torch.testing.assert_close(continued(model, cache, ids), continued(model, expected, ids), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("start", [0, 30])
+def test_cropped_is_never_read(exact_member, start):
+    ids = text(60, seed=3)
+    for removed in (0, 4, 13):
+        cache = read(exact_member, ids[:, :start]) if start else DynamicCache(config=exact_member.config)
+        cache.activate_past_recording()
+        for piece in ids[:, start : start + 13].split([3, 1, 8, 1], 1):
+            exact_member(piece, past_key_values=cache)
+        cache.crop(-removed)
+        kept = start + 13 - removed
+        if kept:
+            same_state(exact_member, cache, read(exact_member, ids[:, :kept]))
+        exact_member(ids[:, kept : kept + 6], past_key_values=cache)
+        cache.crop(-2)  # after a crop, recording goes on
+        same_state(exact_member, cache, read(exact_member, ids[:, : kept + 4]))
+
+
+@torch.no_grad()
+def test_crop_knows_padding(exact_member):
+    ids = text(26, batch=2)
+    mask = (torch.arange(26) >= torch.tensor([[13], [0]])) | (torch.arange(26) < 6)  # in the middle of the first row
+    cache, expected = read(exact_member, ids[:, :6]), read(exact_member, ids[:, :6])
+    cache.activate_past_recording()
+    exact_member(ids[:, 6:], attention_mask=mask.long(), past_key_values=cache)
+    exact_member(ids[:, :3], attention_mask=nn.functional.pad(mask.long(), (0, 3), value=1), past_key_values=cache)
+    exact_member(ids[:, 6:24], attention_mask=mask[:, :24].long(), past_key_values=expected)
+    cache.crop(-5)
+    for layer, other in zip(cache.layers, expected.layers, strict=True):
+        for name, tensor in getattr(other, "tensors", {}).items():
+            torch.testing.assert_close(layer.tensors[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [[300], [1] * 70, [33, 30, 7], [66, 4]], ids=["one", "steps", "pieces", "bulk"])
+def test_what_is_recorded_is_bounded(exact_member, pieces, monkeypatch):
+    monkeypatch.setattr("modeling_constattn.cache_constattn.MAX_ROLLBACK", 16)
+    ids = text(6 + sum(pieces), seed=6)
+    cache = read(exact_member, ids[:, :6])
+    cache.activate_past_recording()
+    for piece in ids[:, 6:].split(pieces, 1):
+        exact_member(piece, past_key_values=cache)
+        for layer in cache.layers:
+            if isinstance(layer, ConstAttnCacheLayer):
+                assert layer._recorded() <= 32
+                width = (
+                    sum(layer.tensors["mean"].shape[1:]) * 2 * 3 * 8
+                )  # bytes of a token's query, key and value, at most
+                assert sum(key.untyped_storage().nbytes() for key in layer.past["key"]) <= 32 * width
+                for name, tensor in layer.base.items():
+                    assert tensor.untyped_storage().nbytes() == layer.tensors[name].nbytes
+    for layer in cache.layers:
+        if isinstance(layer, ConstAttnCacheLayer):
+            with pytest.raises(ValueError, match=r"17 tokens cannot be taken back: \d+ are recorded .* at most 16"):
+                layer.crop(-17)
+    cache.crop(-16)
+    same_state(exact_member, cache, read(exact_member, ids[:, :-16]))
+
+
+@torch.no_grad()
+def test_rows_are_selected_while_recording(exact_member):
+    ids = text(20, batch=3)
+    cache = read(exact_member, ids[:, :9])
+    cache.activate_past_recording()
+    exact_member(ids[:, 9:], past_key_values=cache)
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    twin = copy.deepcopy(cache)
+    cache.crop(-6)
+    same_state(exact_member, cache, read(exact_member, ids[[2, 0, 0], :14]))
+    same_state(exact_member, twin, read(exact_member, ids[[2, 0, 0]]))
+
+
+@torch.no_grad()
+def test_crop_says_what_it_cannot_do(model):
+    cache = fill(model)
+    cache.crop(0)
+    with pytest.raises(RuntimeError, match="call activate_past_recording"):
+        cache.crop(-1)
+    cache.activate_past_recording()
+    with pytest.raises(ValueError, match="1 tokens cannot be taken back: 0 are recorded"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match="tokens_to_remove=2 must be 0 or negative"):
+        cache.crop(2)
+
+
+@pytest.mark.parametrize("help_from", ["itself", "assistant", "windows", "prompt"])
+def test_speculative_decoding_is_greedy_decoding(exact_member, help_from):
+    """An assistant that is always right, two that seldom are, and guesses from the prompt, most of which are wrong."""
+    prompt = text(9, seed=1).repeat(1, 3)
+    options = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True}
+    expected = exact_member.generate(prompt, **options)
+    helpers = {
+        "itself": {"assistant_model": exact_member},
+        "assistant": {"assistant_model": make_model("default", seed=1).double()},
+        "windows": {"assistant_model": make_model("hybrid", seed=1).double()},
+        "prompt": {"prompt_lookup_num_tokens": 5},
+    }
+    calls = []
+    handle = exact_member.register_forward_hook(lambda *_: calls.append(1))
+    found = exact_member.generate(prompt, **helpers[help_from], **options)
+    handle.remove()
+    assert torch.equal(found.sequences, expected.sequences)
+    if help_from in ("assistant", "windows"):
+        assert len(calls) <= 40
+    rest = {"max_new_tokens": 9, "do_sample": False}
+    assert torch.equal(  # the cache that is returned is that of greedy decoding
+        exact_member.generate(found.sequences, past_key_values=found.past_key_values, **rest),
+        exact_member.generate(expected.sequences, past_key_values=expected.past_key_values, **rest),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- a state is learned
+
+
+def test_a_learned_state_begins_as_the_one_given(member):
+    cache = read(member, text(12))
+    state = LearnedState(member, cache)
+    ids = text(9, batch=3, seed=2)
+    mask = (torch.arange(9) < torch.tensor([[9], [4], [6]])).long()
+    with torch.no_grad():
+        logits = state(ids, attention_mask=mask).logits
+    for i, length in enumerate((9, 4, 6)):
+        expected = continued(member, cache, ids[i : i + 1, :length])
+        torch.testing.assert_close(logits[i : i + 1, :length], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="the cache holds 2 rows"):
+        LearnedState(member, read(member, text(3, batch=2)))
+
+
+def test_the_gradient_of_a_learned_state_is_its_slope(exact_member):
+    state = LearnedState(exact_member, read(exact_member, text(12))).double()
+    ids, generator = text(40, batch=2, seed=2), torch.Generator().manual_seed(0)
+    weights = torch.randn(2, 40, 64, dtype=torch.float64, generator=generator)
+    for name, shift in state.shifts.items():
+        with torch.no_grad():
+            shift.normal_(std=0.3, generator=generator)
+        direction = torch.randn(shift.shape, dtype=torch.float64, generator=generator)
+        gradient = torch.autograd.grad((state(ids).logits * weights).sum(), shift)[0]
+        with torch.no_grad():
+            above, below = (
+                (
+                    torch.func.functional_call(state, {f"shifts.{name}": shift + step * direction}, ids).logits
+                    * weights
+                ).sum()
+                for step in (1e-2, -1e-2)
+            )
+            torch.testing.assert_close(
+                (gradient * direction).sum(), (above - below) / 2e-2, rtol=2e-2, atol=5e-3, msg=name
+            )
+            shift.zero_()
+
+
+def test_a_state_learns_a_sentence_and_travels(member, tmp_path):
+    """The frozen model cannot say it, then can: from the file, through generate()."""
+    model = copy.deepcopy(member)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sentence = [7, 3, 1, 4, 9]
+    state = LearnedState(model, read(model, text(3)))
+    settings = {"max_steps": 120, "learning_rate": 0.3, "report_to": "none", "use_cpu": True, "logging_steps": 60}
+    rows = [{"input_ids": sentence, "labels": sentence}] * 4
+    trainer = Trainer(state, TrainingArguments(str(tmp_path / "run"), **settings, save_steps=60), train_dataset=rows)
+    trainer.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {name.split(".")[0] for name in trainer.model.state_dict()} == {"shifts"}
+
+    save_cache(state.cache(), tmp_path / "state.safetensors", model)
+    loaded = load_cache(tmp_path / "state.safetensors", member)
+    mask = torch.ones(1, 4, dtype=torch.long)
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    begin = torch.tensor([sentence[:1]])
+    assert member.generate(begin, past_key_values=loaded, **options)[0].tolist() == sentence
+    assert member.generate(begin, past_key_values=read(member, text(3)), **options)[0].tolist() != sentence
