@@ -45,6 +45,16 @@ def load_documents(
     return concatenate_datasets(parts)
 
 
+def source_names(sources: str | dict | list) -> list[str]:
+    """What a report calls them: a Hub dataset or model by its id, a file or folder by its last name alone."""
+    names = []
+    for source in sources if isinstance(sources, list) else [sources]:
+        name = source["path"] if isinstance(source, dict) else source
+        path = Path(name).expanduser()
+        names.append(path.resolve().name if path.exists() else name)
+    return names
+
+
 def _read(source: str | dict, text_column: str, streaming: bool) -> Iterator[tuple[Any, str]]:
     if isinstance(source, dict):
         unknown = [key for key in source if key not in HUB_KEYS]

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from checkpoints import load_model, load_tokenizer
-from documents import load_documents, start_token_id, token_ids
+from documents import load_documents, source_names, start_token_id, token_ids
 from staging import staged_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
     result = {
         "checkpoint": options.checkpoint,
+        "data": source_names(options.data),
         "documents": documents,
         "tokens": tokens,
         "bytes": size,
@@ -61,7 +62,8 @@ def main(arguments: list[str] | None = None) -> dict:
         "tokens_per_second": tokens / seconds,
     }
     for name, value in result.items():
-        print(f"{name:<18} {value:>12,.4f}" if isinstance(value, float) else f"{name:<18} {value:>12}")
+        text = ", ".join(value) if isinstance(value, list) else f"{value:,.4f}" if isinstance(value, float) else value
+        print(f"{name:<18} {text:>12}")
     if options.output:
         with staged_file(options.output) as file:
             file.write_text(json.dumps(result, indent=2) + "\n")

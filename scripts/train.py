@@ -31,16 +31,15 @@ from typing import Any
 
 import torch
 import yaml
-from checkpoints import WEIGHTS, check_vocabulary, has_weights, load_model, load_tokenizer
+from checkpoints import WEIGHTS, check_vocabulary, has_weights, load_config, load_model, load_tokenizer
 from datasets import IterableDataset
-from documents import load_documents, start_token_id
+from documents import load_documents, source_names, start_token_id
 from huggingface_hub.dataclasses import type_validator
 from safetensors import safe_open
 from staging import staged
 from tasks import TASKS
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Trainer,
@@ -72,6 +71,7 @@ class Run:
     vocab_size: int | None = None  # of a tokenizer trained here; else the vocab_size of the model's config
     eval_data: str | dict | list | None = None  # held-out documents, named like data …
     eval_fraction: float | None = None  # … or the share of the documents in data to hold out, drawn by training.seed
+    data_description: str | None = None  # a sentence for the model card: what the texts are, where they are from
     text_column: str = "text"  # of CSV, JSON lines, parquet and Hub datasets
     label_column: str = "label"  # sequence-classification: texts or whole numbers, one for each text
     streaming: bool = False  # read data while training, for what does not fit the disk; needs training.max_steps
@@ -138,6 +138,9 @@ def main(arguments: list[str] | None = None) -> dict:
         "seconds": throughput.seconds,
         "parameters": model.num_parameters(),
         "device": str(args.device),
+        "base_model": None if is_from_scratch(run) else source_names(run.model)[0],
+        "data": source_names(run.data),
+        "eval_data": source_names(run.data if run.eval_data is None else run.eval_data),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
         "run": {
@@ -165,9 +168,9 @@ def save(trainer: Trainer, summary: dict) -> None:
             (folder / "training.yaml").write_text(yaml.safe_dump(summary["run"], sort_keys=False, allow_unicode=True))
             written = {file.name for file in folder.iterdir()}
     if publish:
-        for weights in output.glob("model*.safetensors*"):
-            if weights.name not in written:  # shards of an earlier model
-                weights.unlink()
+        for file in [*output.glob("model*.safetensors*"), output / "evaluation.json", output / "quickstart.json"]:
+            if file.name not in written:  # shards of an earlier model, and what was measured of it
+                file.unlink(missing_ok=True)
 
 
 # The run file
@@ -395,16 +398,6 @@ def train_tokenizer(documents: Any, vocab_size: int, with_mask: bool = False) ->
 def is_from_scratch(run: Run) -> bool:
     folder = Path(run.model).expanduser()
     return folder.is_dir() and not has_weights(folder)
-
-
-def load_config(name: str | Path) -> Any:
-    folder = Path(name).expanduser()
-    if not (folder / "config.json").is_file():
-        raise SystemExit(f"error: model '{name}' is a folder without config.json")
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except Exception as error:  # not JSON, an unknown model_type, a value the config class refuses
-        raise SystemExit(f"error: '{folder / 'config.json'}' cannot be loaded: {error}") from error
 
 
 def build_model(
