@@ -271,8 +271,11 @@ def code_of(card: bytes) -> str:
 
 def python(parts: list[str], environment: dict[str, str], folder: Path, *flags: str) -> str:
     command = [sys.executable, *flags, "-c", "".join(map(textwrap.dedent, parts))]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
+    assert "Do you wish to run the custom code" not in done.stdout
     return done.stdout
 
 

@@ -205,6 +205,10 @@ def copy_of(folder: Path, tmp_path: Path) -> Path:
         (["training.resume_from_checkpoint=true"], "holds no checkpoint-* folder"),
         (["training.resume_from_checkpoint=nowhere"], "no such checkpoint folder: 'nowhere'"),
         (["training.report_to=carrier_pigeon"], "carrier_pigeon"),
+        (["lora={r: 4}"], "lora fine-tunes a checkpoint, and model '"),
+        (["lora={r: 4}", "model=no/model", "training.fsdp=full_shard"], "leave fsdp and deepspeed out"),
+        (["chat_template=chat.jinja"], "'chat_template' belongs to task chat, and task is causal-lm"),
+        (["task=chat"], "has no column 'messages' (text_column), it has text"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -310,6 +314,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_shipped_run_files_are_known_to_train(file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     run = train.read_run(file, [])
-    assert (Path(run.model) / "config.json").is_file()
+    others = [other for other in file.parent.glob("*.yaml") if other != file]
+    made = [yaml.safe_load(other.read_text())["training"]["output_dir"] for other in others]
+    assert (Path(run.model) / "config.json").is_file() or run.model in made
+    assert run.chat_template is None or Path(run.chat_template).is_file()
     assert f"python scripts/train.py configuration/training/{file.name}" in file.read_text().splitlines()[0]
     assert yaml.safe_load(file.read_text())["training"]["output_dir"].startswith("runs/")
