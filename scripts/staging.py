@@ -30,7 +30,7 @@ def staged(folder: Path, publish: bool = True, whole: bool = False) -> Iterator[
             for name in sorted(names):
                 (new / name).replace(folder / name)
             for file in [file for file in folder.iterdir() if whole and file.name not in names]:
-                file.unlink()
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
     finally:
         if publish:
             shutil.rmtree(new, ignore_errors=True)

@@ -252,6 +252,12 @@ def test_bad_input(
     assert not (tmp_path / "out").exists()
 
 
+def test_lora_without_peft(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit, match=r"lora needs PEFT: pip install -e '\.\[peft\]'"):
+        train.add_lora(None, {}, None)
+
+
 def test_a_checkpoint_that_cannot_chat(trained: Path, chats: Path, evaluate_script: ModuleType):
     with pytest.raises(SystemExit, match="has no chat template: leave --chat out, or train it for chat"):
         generate.main([str(trained), "--chat", "--prompt", "x"])

@@ -33,6 +33,7 @@ def test_other_files_of_the_folder_stay(tmp_path: Path):
 
 def test_a_whole_folder_has_no_other_files(tmp_path: Path):
     (tmp_path / "earlier").touch()
+    (tmp_path / "earlier folder/deep").mkdir(parents=True)
     with staged(tmp_path, whole=True) as folder:
         (folder / "model").touch()
     assert {file.name for file in tmp_path.iterdir()} == {"model"}
