@@ -769,7 +769,7 @@ def _backward(
         inputs = (q[:, s], k[:, s], v[:, s], f_s, log_Z[:, g], mean[:, g])
         rows = (y[:, s], lse[:, s], dy[:, s], dlse[:, s])
         dq[:, s], dk[:, s], dv[:, s], df_s, dlog_Z, dmean = _backward_segment(*inputs, *rows, dlog_Z, dmean, chunk_size)
-        if df is not None:
+        if df is not None and df_s is not None:
             df[:, s] = df_s
     return dq, dk, dv, df, dlog_Z, dmean
 

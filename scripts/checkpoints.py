@@ -10,15 +10,34 @@ empty or too large) ends the script here.
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-import modeling_constattn  # noqa: F401 (registers the Auto classes)
+from modeling_constattn.modeling_constattn import AUTO_CLASSES  # importing the package registers the Auto classes
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in WEIGHTS)
+
+
+def load_config(name: str | Path) -> Any:
+    folder = Path(name).expanduser()
+    if not (folder / "config.json").is_file():
+        raise SystemExit(f"error: model '{name}' is a folder without config.json")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # not JSON, an unknown model_type, a value the config class refuses
+        raise SystemExit(f"error: '{folder / 'config.json'}' cannot be loaded: {error}") from error
+
+
+def architecture(config: Any) -> tuple[str, Any]:
+    """The Auto class and the model class that a saved config.json names."""
+    for auto_class, model_class in AUTO_CLASSES.items():
+        if config.architectures == [model_class.__name__]:
+            return auto_class, model_class
+    known = ", ".join(model_class.__name__ for model_class in AUTO_CLASSES.values())
+    raise SystemExit(f"error: config.json names the architectures {config.architectures}; it should be one of {known}")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -28,7 +47,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # each kind of tokenizer file fails in its own way
-        raise SystemExit(f"error: {_kind(name)} has no tokenizer that can be loaded: {_reason(error)}") from error
+        raise SystemExit(f"error: {_kind(name)} has no tokenizer that can be loaded: {reason(error)}") from error
     if len(tokenizer) < 2:
         raise SystemExit(f"error: tokenizer '{name}' is empty")
     return tokenizer
@@ -36,12 +55,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def load_model(
     name: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     auto_class: Any = AutoModelForCausalLM,
     new_head: bool = False,
     **options: Any,
 ) -> Any:
-    """The model of a folder or Hub id, complete and of a vocabulary that `tokenizer` fits into.
+    """The model of a folder or Hub id, complete and of a vocabulary that `tokenizer`, if there is one, fits into.
 
     With `new_head`, the checkpoint may be of another task: what lies outside the base model may be missing.
     """
@@ -51,14 +70,15 @@ def load_model(
     try:
         model, report = auto_class.from_pretrained(name, output_loading_info=True, **options)
     except Exception as error:  # a cut-off file, a missing shard, an unknown model_type, not reachable, …
-        raise SystemExit(f"error: {_kind(name)} has no model that can be loaded: {_reason(error)}") from error
+        raise SystemExit(f"error: {_kind(name)} has no model that can be loaded: {reason(error)}") from error
     for kind in ("missing_keys", "mismatched_keys"):  # from_pretrained only warns and invents these weights
         faults = sorted(report[kind])
         if new_head and kind == "missing_keys":
             faults = [key for key in faults if key.startswith(f"{model.base_model_prefix}.")]
         if faults:
             raise SystemExit(f"error: the weights of '{name}' do not fit its config.json: {kind} {faults}")
-    check_vocabulary(model.config, tokenizer)
+    if tokenizer is not None:
+        check_vocabulary(model.config, tokenizer)
     return model
 
 
@@ -86,5 +106,5 @@ def _kind(name: str) -> str:
     return f"folder '{name}'" if Path(name).is_dir() else f"'{name}', which is no folder here, read as a Hub id,"
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)

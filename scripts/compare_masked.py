@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 import train
 import yaml
-from checkpoints import load_model
+from checkpoints import load_config, load_model
 from staging import staged_file
 from tasks import TASKS
 from transformers import AutoModelForMaskedLM, ModernBertConfig
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> dict:
         run.training["max_steps"] = options.steps
     args, _ = train.training_arguments(run)
 
-    base = QUICK_MODEL if options.quick else train.load_config(ROOT / run.model)
+    base = QUICK_MODEL if options.quick else load_config(ROOT / run.model)
     documents, held_out = train.read_documents(run, args)
     tokenizer = train.train_tokenizer(documents, base.vocab_size, with_mask=True)
     tokenizer.save_pretrained(options.work / "tokenizer")

@@ -9,6 +9,7 @@ Used by train.py, evaluate.py and generate.py. Data that cannot be used ends the
 
 import io
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,20 +30,39 @@ HUB_KEYS = ("path", "name", "split", "data_dir", "data_files", "revision")  # of
 
 
 def load_documents(
-    sources: str | dict | list, text_column: str = "text", streaming: bool = False, label_column: str | None = None
+    sources: str | dict | list,
+    text_column: str = "text",
+    streaming: bool = False,
+    label_column: str | None = None,
+    chat: bool = False,
 ) -> Dataset | IterableDataset:
     """All documents of `sources` in order: a text file is one document, a row of CSV, JSON lines or parquet is one.
 
     A source is a file, a folder (searched recursively), the id of a Hub dataset (its split "train"), or a mapping of
     HUB_KEYS for `datasets.load_dataset`. With a label_column, its texts or whole numbers come along as text in "label".
+    With `chat`, the documents are conversations: text_column holds lists of {"role": …, "content": …}, and is returned
+    as "messages".
     """
     parts = []
     for source in sources if isinstance(sources, list) else [sources]:
         for dataset, column in _read(source, text_column, streaming):
-            parts.append(_only_text(dataset, column, source, label_column))
+            if chat:
+                parts.append(_only_messages(dataset, text_column, source))
+            else:
+                parts.append(_only_text(dataset, column, source, label_column))
     if not parts:
         raise SystemExit("error: no data is named")
     return concatenate_datasets(parts)
+
+
+def source_names(sources: str | dict | list) -> list[str]:
+    """What a report calls them: a Hub dataset or model by its id, a file or folder by its last name alone."""
+    names = []
+    for source in sources if isinstance(sources, list) else [sources]:
+        name = source["path"] if isinstance(source, dict) else source
+        path = Path(name).expanduser()
+        names.append(path.resolve().name if path.exists() else name)
+    return names
 
 
 def _read(source: str | dict, text_column: str, streaming: bool) -> Iterator[tuple[Any, str]]:
@@ -95,10 +115,7 @@ def _from_hub(options: dict, streaming: bool) -> Any:
 
 
 def _only_text(dataset: Any, column: str, source: str | dict, label_column: str | None) -> Any:
-    columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream knows its columns once it has been read
-    for key, name in (("text_column", column), ("label_column", label_column)):
-        if name is not None and name not in columns:
-            raise SystemExit(f"error: '{source}' has no column '{name}' ({key}), it has {', '.join(columns)}")
+    _check_columns(dataset, source, text_column=column, label_column=label_column)
     labels = None if label_column is None else _labels(dataset, label_column, source)
     if dataset.features and dataset.features[column].dtype not in ("string", "large_string"):
         raise SystemExit(f"error: column '{column}' of '{source}' holds {dataset.features[column].dtype}, not text")
@@ -106,6 +123,22 @@ def _only_text(dataset: Any, column: str, source: str | dict, label_column: str 
     if dataset.features and dataset.features["text"].dtype != "string":
         dataset = dataset.cast_column("text", Value("string"))  # or it does not join the others
     return dataset if labels is None else dataset.add_column("label", labels)
+
+
+def _only_messages(dataset: Any, column: str, source: str | dict) -> Any:
+    _check_columns(dataset, source, text_column=column)
+    feature = dataset.features[column] if dataset.features else None
+    if feature is not None and not {"role", "content"} <= set(getattr(feature, "feature", None) or ()):
+        raise SystemExit(f"error: column '{column}' of '{source}' holds no lists of {{\"role\": …, \"content\": …}}")
+    dataset = dataset.select_columns([column])
+    return dataset if column == "messages" else dataset.rename_column(column, "messages")
+
+
+def _check_columns(dataset: Any, source: str | dict, **names: str | None) -> None:
+    columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream knows its columns once it has been read
+    for key, name in names.items():
+        if name is not None and name not in columns:
+            raise SystemExit(f"error: '{source}' has no column '{name}' ({key}), it has {', '.join(columns)}")
 
 
 def _labels(dataset: Dataset, column: str, source: str | dict) -> list[str]:
@@ -191,3 +224,27 @@ def encode_documents(
                 name: list(itertools.chain.from_iterable(itertools.islice(column, len(text))))
                 for name, column in rows.items()
             }
+
+
+def encode_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The token ids of a conversation by the tokenizer's chat template, and 1 for each token of the assistant's answers.
+
+    All tokens but the first count where the template does not mark the answers.
+    """
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    marked = marks_answers(tokenizer)
+    try:
+        encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=marked)
+    except Exception as error:  # a role that the template does not know, no content, …
+        raise SystemExit(f"error: the chat template cannot write {str(messages)[:200]}: {error}") from error
+    ids = encoded["input_ids"]
+    return ids, encoded["assistant_masks"] if marked else [int(position > 0) for position in range(len(ids))]
+
+
+def marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template says, by {% generation %}, which tokens are the assistant's."""
+    if tokenizer.chat_template is None:
+        raise SystemExit(
+            f"error: tokenizer '{tokenizer.name_or_path}' has no chat template to write a conversation with"
+        )
+    return bool(re.search(r"{%-?\s*generation\s*-?%}", tokenizer.chat_template))

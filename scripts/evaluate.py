@@ -2,9 +2,11 @@
 
     python scripts/evaluate.py runs/tiny runs/python_docs/heldout.jsonl
     python scripts/evaluate.py runs/tiny notes/ more.txt --output evaluation.json
+    python scripts/evaluate.py runs/tiny-chat chats.jsonl --chat
 
 A document is scored whole, however long: it is read in chunks, and the model's cache carries what came before. So every
-token is predicted once and from all of its left context, the first one from the start-of-text token.
+token is predicted once and from all of its left context, the first one from the start-of-text token. Of a conversation
+the assistant's answers alone count, each with the token that ends it.
 """
 
 import argparse
@@ -14,12 +16,13 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from checkpoints import load_model, load_tokenizer
-from documents import load_documents, start_token_id, token_ids
+from documents import encode_chat, load_documents, marks_answers, source_names, start_token_id, token_ids
 from staging import staged_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -32,7 +35,8 @@ def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder or Hub id")
     parser.add_argument("data", nargs="+", help="text files, folders, .jsonl, .parquet or Hub dataset ids")
-    parser.add_argument("--text-column", default="text", help="of JSON lines, parquet and Hub datasets")
+    parser.add_argument("--chat", action="store_true", help="the data are conversations, written by the chat template")
+    parser.add_argument("--text-column", help="of JSON lines, parquet and Hub datasets (text; with --chat: messages)")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
     options = parser.parse_args(arguments)
 
@@ -40,12 +44,23 @@ def main(arguments: list[str] | None = None) -> dict:
     model = load_model(options.checkpoint, tokenizer).to("cuda" if torch.cuda.is_available() else "cpu").eval()
     metric = load_metric()
 
+    if options.chat and not marks_answers(tokenizer):
+        raise SystemExit(
+            "error: the chat template does not mark the answers by {% generation %}, so they cannot be scored"
+        )
+    column = options.text_column or ("messages" if options.chat else "text")
+
     documents = tokens = size = 0
     began = time.perf_counter()
-    for row in tqdm(load_documents(options.data, options.text_column), desc="scoring", unit="document"):
-        text = row["text"]
+    for row in tqdm(load_documents(options.data, column, chat=options.chat), desc="scoring", unit="document"):
+        if options.chat:
+            row_tokens: Iterator[tuple[int, int]] = zip(*encode_chat(row["messages"], tokenizer), strict=True)
+            text = "".join(message["content"] for message in row["messages"] if message["role"] == "assistant")
+        else:
+            text = row["text"]
+            row_tokens = text_tokens(text, tokenizer)
         if text:
-            nll, length = score(model, tokenizer, text)
+            nll, length = score(model, row_tokens)
             metric.add(nll=nll, tokens=length, bytes=len(text.encode()))
             documents, tokens, size = documents + 1, tokens + length, size + len(text.encode())
     if not documents:
@@ -54,6 +69,8 @@ def main(arguments: list[str] | None = None) -> dict:
 
     result = {
         "checkpoint": options.checkpoint,
+        "data": source_names(options.data),
+        "chat": options.chat,
         "documents": documents,
         "tokens": tokens,
         "bytes": size,
@@ -61,26 +78,34 @@ def main(arguments: list[str] | None = None) -> dict:
         "tokens_per_second": tokens / seconds,
     }
     for name, value in result.items():
-        print(f"{name:<18} {value:>12,.4f}" if isinstance(value, float) else f"{name:<18} {value:>12}")
+        text = (
+            ", ".join(value) if isinstance(value, list) else f"{value:,.4f}" if isinstance(value, float) else str(value)
+        )
+        print(f"{name:<18} {text:>12}")
     if options.output:
         with staged_file(options.output) as file:
             file.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
+def text_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int]]:
+    yield start_token_id(tokenizer), 0
+    for token in token_ids(io.StringIO(text), tokenizer):
+        yield token, 1
+
+
 @torch.inference_mode()
-def score(model: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[float, int]:
-    """The negative log likelihood of a text in nats, and its number of tokens."""
-    ids = token_ids(io.StringIO(text), tokenizer)
-    last, cache, nll, length = start_token_id(tokenizer), None, 0.0, 0
-    while chunk := list(itertools.islice(ids, CHUNK)):
-        inputs = torch.tensor([[last, *chunk[:-1]]], device=model.device)
-        output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
-        targets = torch.tensor(chunk, device=model.device)
+def score(model: Any, tokens: Iterator[tuple[int, int]]) -> tuple[float, int]:
+    """The negative log likelihood in nats of those (token, 0 or 1) that have a 1, and how many they are."""
+    last, cache, nll, length = next(tokens)[0], None, 0.0, 0
+    while chunk := list(itertools.islice(tokens, CHUNK)):
+        targets, counts = torch.tensor(chunk, device=model.device).unbind(1)
+        inputs = torch.cat([targets.new_tensor([last]), targets[:-1]])
+        output = model(input_ids=inputs[None], past_key_values=cache, use_cache=True)
         losses = torch.nn.functional.cross_entropy(output.logits[0].float(), targets, reduction="none")
-        nll += losses.double().sum().item()
-        length += len(chunk)
-        last, cache = chunk[-1], output.past_key_values
+        nll += (losses.double() * counts).sum().item()
+        length += int(counts.sum())
+        last, cache = chunk[-1][0], output.past_key_values
     return nll, length
 
 

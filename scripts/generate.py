@@ -3,6 +3,7 @@
     python scripts/generate.py runs/tiny --prompt "Return the number of"
     python scripts/generate.py runs/tiny --file book.txt --max-new-tokens 200 --temperature 0
     cat book.txt | python scripts/generate.py runs/tiny
+    python scripts/generate.py runs/tiny-chat --chat --prompt "What does len() return?"
 
 The prompt is read in chunks into the model's cache, so memory does not grow with it as long as the cache does not. The
 continuation is streamed to stdout; speeds and the size of the cache go to stderr.
@@ -20,7 +21,7 @@ from typing import Any, TextIO
 import torch
 from checkpoints import load_model, load_tokenizer
 from documents import start_token_id, token_ids
-from transformers import Cache, TextStreamer, set_seed
+from transformers import Cache, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from modeling_constattn import ConstAttnCacheLayer, cache_nbytes
 
@@ -31,6 +32,9 @@ def main(arguments: list[str] | None = None) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="text to continue; without --prompt and --file it is read from stdin")
     source.add_argument("--file", type=Path, help="text file to continue")
+    parser.add_argument(
+        "--chat", action="store_true", help="answer the prompt, as the checkpoint's chat template has it"
+    )
     add_options(parser)
     options = parser.parse_args(arguments)
     check_options(parser, options)
@@ -40,8 +44,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     began = time.perf_counter()
     with open_prompt(options.prompt, options.file) as prompt:
-        ids = itertools.chain([start_token_id(tokenizer)], token_ids(prompt, tokenizer))
         try:
+            if options.chat:
+                ids = iter(question(prompt.read(), tokenizer))
+            else:
+                ids = itertools.chain([start_token_id(tokenizer)], token_ids(prompt, tokenizer))
             cache, last, length = prefill(model, ids, options.chunk_size)
         except UnicodeDecodeError as error:
             raise SystemExit(f"error: the prompt '{options.file or 'stdin'}' is not UTF-8 text: {error}") from error
@@ -76,6 +83,16 @@ def open_prompt(prompt: str | None, file: Path | None) -> TextIO:
         return file.open(encoding="utf-8", newline="")
     except OSError as error:
         raise SystemExit(f"error: prompt file '{file}' cannot be read: {error.strerror}") from error
+
+
+def question(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids of a conversation that it is the assistant's turn to go on with."""
+    if tokenizer.chat_template is None:
+        raise SystemExit(
+            f"error: '{tokenizer.name_or_path}' has no chat template: leave --chat out, or train it for chat"
+        )
+    messages = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 @torch.no_grad()  # like `generate`: what inference_mode makes, the cache could not be updated in later

@@ -7,6 +7,9 @@ source file, and adds the topics of `pydoc_data.topics` (the language reference 
 gets train.jsonl and heldout.jsonl, split by source file: a hash of its path decides, so it stays where it is. The
 topics, one file, are all in train.jsonl: they repeat each other, and a topic held out would be half known.
 
+chats_train.jsonl and chats_heldout.jsonl ask about the same files' functions and classes: each is a conversation, in which
+the user shows the first line of one, and the assistant answers with the first paragraph of its docstring.
+
 packages_train.jsonl and packages_heldout.jsonl hold single docstrings of the same files, each with the package that it
 is from, to train a classifier on: the packages with at least 100 of them in train.
 """
@@ -17,12 +20,14 @@ import collections
 import copy
 import hashlib
 import json
+import re
 import sysconfig
 import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 from staging import staged
 
@@ -47,10 +52,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="folder for train.jsonl and heldout.jsonl")
     out = parser.parse_args(arguments).out
 
-    splits: dict[str, list[dict[str, str]]] = {"train": [], "heldout": [], "packages_train": [], "packages_heldout": []}
+    splits: dict[str, list[dict[str, Any]]] = {
+        f"{kind}{split}": [] for kind in ("", "chats_", "packages_") for split in ("train", "heldout")
+    }
     for path, texts in modules(Path(sysconfig.get_path("stdlib"))):
         split = "heldout" if is_held_out(path) else "train"
         splits[split].append({"name": path, "text": "\n\n".join(texts)})
+        splits[f"chats_{split}"] += [
+            {"messages": conversation(text)} for text in texts if re.match(r"(async )?def |class ", text)
+        ]
         package, slash, _ = path.partition("/")
         if slash:
             splits[f"packages_{split}"] += [{"package": package, "text": text} for text in texts]
@@ -66,8 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
             lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
             (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     for split, documents in splits.items():
-        size = sum(len(document["text"].encode()) for document in documents)
-        print(f"{out / split}.jsonl: {len(documents):,} documents, {size:,} bytes of text")
+        file = out / f"{split}.jsonl"
+        print(f"{file}: {len(documents):,} documents, {file.stat().st_size:,} bytes")
 
 
 def modules(library: Path) -> Iterator[tuple[str, list[str]]]:
@@ -104,6 +114,13 @@ def first_line(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> s
     bare = copy.copy(node)
     bare.body, bare.decorator_list = [], []
     return ast.unparse(bare)
+
+
+def conversation(text: str) -> list[dict[str, str]]:
+    """About one of `docstrings`, under its line of code."""
+    line, _, docstring = text.partition("\n")
+    answer = " ".join(textwrap.dedent(docstring).split("\n\n")[0].split())
+    return [{"role": "user", "content": f"What is this?\n\n{line}"}, {"role": "assistant", "content": answer}]
 
 
 def is_held_out(path: str) -> bool:

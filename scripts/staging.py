@@ -13,10 +13,10 @@ from pathlib import Path
 
 
 @contextmanager
-def staged(folder: Path, publish: bool = True) -> Iterator[Path]:
+def staged(folder: Path, publish: bool = True, whole: bool = False) -> Iterator[Path]:
     """Yields a new folder beside `folder`; when the block has ended well, its files move into `folder`.
 
-    Of several processes that fill one folder, one has `publish`.
+    Of several processes that fill one folder, one has `publish`. With `whole`, what else is in `folder` goes.
     """
     new = folder.with_name(f".{folder.name}.incomplete")
     if publish:
@@ -26,8 +26,11 @@ def staged(folder: Path, publish: bool = True) -> Iterator[Path]:
         yield new
         if publish:
             folder.mkdir(exist_ok=True)
-            for file in sorted(new.iterdir()):
-                file.replace(folder / file.name)
+            names = {file.name for file in new.iterdir()}
+            for name in sorted(names):
+                (new / name).replace(folder / name)
+            for file in [file for file in folder.iterdir() if whole and file.name not in names]:
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
     finally:
         if publish:
             shutil.rmtree(new, ignore_errors=True)

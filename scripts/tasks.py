@@ -3,7 +3,8 @@
     data = TASKS["masked-lm"].prepare(run, documents, held_out, tokenizer, seed, say)
     Trainer(train_dataset=data.rows, eval_dataset=data.held_out, data_collator=data.collate, …)
 
-Language models read blocks: the documents in a row, cut every `block_size` tokens. Classifiers read one document each.
+Language models read blocks: the documents in a row, cut every `block_size` tokens. Chat models read one conversation
+each, classifiers one document.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from documents import encode_documents, start_token_id
+from documents import encode_chat, encode_documents, marks_answers, start_token_id
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedTokenizerBase,
@@ -44,6 +47,7 @@ class Task:
     auto_class: Any
     prepare: Callable[..., Data]
     keys: tuple[str, ...] = ()  # of the run file, that no other task has
+    lora_type: str | None = None  # peft's word for the task
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
 
 
@@ -186,6 +190,47 @@ def check_words(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+# Chat models: one conversation each
+
+
+def chat(run: Run, documents: Any, held_out: Any, tokenizer: PreTrainedTokenizerBase, seed: int, say: Callable) -> Data:
+    if run.chat_template is not None:  # the tokenizer is saved with it
+        try:
+            tokenizer.chat_template = Path(run.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SystemExit(f"error: chat_template '{run.chat_template}' cannot be read: {error}") from error
+    if not marks_answers(tokenizer):
+        say("the chat template does not mark the answers by {% generation %}: the loss is that of all tokens")
+    rows, held_out_rows = (
+        chat_rows(part, tokenizer, run.block_size, name, run.streaming, say) if part is not None else None
+        for part, name in ((documents, "training"), (held_out, "held-out"))
+    )
+    return Data(rows, held_out_rows, DataCollatorForSeq2Seq(tokenizer))
+
+
+def chat_rows(conversations: Any, tokenizer: Any, block_size: int, name: str, streaming: bool, say: Callable) -> Any:
+    """Each conversation's tokens, no more than block_size; its labels are the answers' tokens, −100 elsewhere."""
+
+    def encode(row: dict) -> dict[str, list[int]]:
+        ids, counts = encode_chat(row["messages"], tokenizer)
+        labels = [token if counts else -100 for token, counts in zip(ids, counts, strict=True)]
+        return {"input_ids": ids[:block_size], "labels": labels[:block_size]}
+
+    rows = conversations.map(encode, remove_columns=["messages"])
+    rows = rows.filter(lambda row: any(label != -100 for label in row["labels"]))
+    if streaming:
+        return rows
+    lengths = [len(tokens) for tokens in rows["input_ids"]]
+    if not lengths:
+        raise SystemExit(f"error: no {name} conversation has an answer within block_size {block_size:,} tokens")
+    say(
+        f"{name}: {len(rows):,} conversations, {sum(lengths):,} tokens; "
+        f"{sum(length == block_size for length in lengths):,} fill or are cut to {block_size:,} tokens, "
+        f"{len(conversations) - len(rows):,} without an answer in there are left out"
+    )
+    return rows
+
+
 # Classifiers: one document each
 
 
@@ -233,9 +278,14 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 TASKS = {
-    "causal-lm": Task(AutoModelForCausalLM, causal_lm, keys=("state_block", "detach_state")),
+    "causal-lm": Task(AutoModelForCausalLM, causal_lm, keys=("state_block", "detach_state"), lora_type="CAUSAL_LM"),
+    "chat": Task(AutoModelForCausalLM, chat, keys=("chat_template",), lora_type="CAUSAL_LM"),
     "masked-lm": Task(AutoModelForMaskedLM, masked_lm, keys=("mlm_probability", "whole_word_mask")),
     "sequence-classification": Task(
-        AutoModelForSequenceClassification, sequence_classification, keys=("label_column",), compute_metrics=accuracy
+        AutoModelForSequenceClassification,
+        sequence_classification,
+        keys=("label_column",),
+        compute_metrics=accuracy,
+        lora_type="SEQ_CLS",
     ),
 }

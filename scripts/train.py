@@ -5,14 +5,17 @@
     python scripts/train.py configuration/training/tiny.yaml training.resume_from_checkpoint=true
     python scripts/train.py configuration/training/tiny-masked.yaml
     python scripts/train.py configuration/training/tiny-classifier.yaml
+    python scripts/train.py configuration/training/tiny-chat-lora.yaml model=me/tiny data=chats.jsonl
 
 The YAML file holds what differs for this run (the fields of `Run` below); key=value arguments, read as YAML, go over
 it. `training` is handed to `transformers.TrainingArguments`. For language models, documents are joined by the
-end-of-text token and packed into blocks of `block_size` tokens; a classifier reads one document at a time (tasks.py). With
-`state_block`, such blocks may be as long as documents: they are read that many tokens at a time (blocks.py).
+end-of-text token and packed into blocks of `block_size` tokens; a chat model reads one conversation at a time, a
+classifier one document (tasks.py). With `state_block`, such blocks may be as long as documents: they are read that many
+tokens at a time (blocks.py).
 
 In the end `training.output_dir` holds the model, its tokenizer, training_summary.json and the settings as training.yaml,
-each complete before it takes the place of an earlier one.
+each complete before it takes the place of an earlier one. With `lora`, the model is the checkpoint with the LoRA weights
+merged into it, an ordinary one; the checkpoint-* folders hold the LoRA weights alone.
 """
 
 import argparse
@@ -35,16 +38,15 @@ from typing import Any
 import torch
 import yaml
 from blocks import BlockTrainer
-from checkpoints import WEIGHTS, check_vocabulary, has_weights, load_model, load_tokenizer
+from checkpoints import WEIGHTS, check_vocabulary, has_weights, load_config, load_model, load_tokenizer
 from datasets import IterableDataset
-from documents import load_documents, start_token_id
+from documents import load_documents, source_names, start_token_id
 from huggingface_hub.dataclasses import type_validator
 from safetensors import safe_open
 from staging import staged
 from tasks import TASKS
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Trainer,
@@ -69,20 +71,23 @@ class Run:
         str | dict | list
     )  # text file, folder, .csv, .jsonl, .parquet, Hub dataset id, {path: …, name: …, split: …}, or a list
     training: dict = field(default_factory=dict)  # for TrainingArguments; output_dir is needed
-    task: str = "causal-lm"  # or "masked-lm" or "sequence-classification"
+    task: str = "causal-lm"  # or "chat", "masked-lm" or "sequence-classification"
+    lora: dict | None = (
+        None  # for peft.LoraConfig, as {r: 8}: train these alone, on all linear layers unless it says other
+    )
     tokenizer: str | None = (
         None  # folder or Hub id; else the checkpoint's own, else a byte-level BPE is trained on data
     )
     vocab_size: int | None = None  # of a tokenizer trained here; else the vocab_size of the model's config
     eval_data: str | dict | list | None = None  # held-out documents, named like data …
     eval_fraction: float | None = None  # … or the share of the documents in data to hold out, drawn by training.seed
-    text_column: str = "text"  # of CSV, JSON lines, parquet and Hub datasets
+    data_description: str | None = None  # a sentence for the model card: what the texts are, where they are from
+    text_column: str | None = None  # of CSV, JSON lines, parquet and Hub datasets; else "text", for chat "messages"
     label_column: str = "label"  # sequence-classification: texts or whole numbers, one for each text
+    chat_template: str | None = None  # chat: jinja file; else the tokenizer's own
     streaming: bool = False  # read data while training, for what does not fit the disk; needs training.max_steps
-    block_size: int = 1024  # tokens of one training sequence; sequence-classification: the most, longer texts are cut
-    state_block: int | None = (
-        None  # causal-lm: tokens read at a time, the state handed on; bounds memory as a block does
-    )
+    block_size: int = 1024  # tokens of one training sequence; for chats and classifiers the most, longer ones are cut
+    state_block: int | None = None  # causal-lm: tokens read at a time, the state handed on: bounds the memory
     detach_state: bool = True  # … gradients end at the state, else they are those of the whole block_size
     mlm_probability: float = 0.3  # masked-lm: the share of tokens to hide
     whole_word_mask: bool = False  # masked-lm: hide all tokens of a word or none
@@ -116,7 +121,11 @@ def main(arguments: list[str] | None = None) -> dict:
 
     set_seed(args.seed)  # the initial weights
     model = build_model(run, tokenizer, trained_here, data.labels)
-    say(f"model: {model.num_parameters():,} parameters, {type(model).__name__}, training on {args.device}")
+    parameters = model.num_parameters()
+    say(f"model: {parameters:,} parameters, {type(model).__name__}, training on {args.device}")
+    if run.lora is not None:
+        model = add_lora(model, run.lora, TASKS[run.task].lora_type)
+        say(f"LoRA: {model.num_parameters(only_trainable=True):,} parameters")
 
     throughput = Throughput()
     trainer_class: Any = Trainer
@@ -147,8 +156,12 @@ def main(arguments: list[str] | None = None) -> dict:
         "tokens": trainer.state.num_input_tokens_seen,
         "tokens_per_second": throughput.rate,
         "seconds": throughput.seconds,
-        "parameters": model.num_parameters(),
+        "parameters": parameters,
+        **({"trained_parameters": model.num_parameters(only_trainable=True)} if run.lora is not None else {}),
         "device": str(args.device),
+        "base_model": None if is_from_scratch(run) else source_names(run.model)[0],
+        "data": source_names(run.data),
+        "eval_data": source_names(run.data if run.eval_data is None else run.eval_data),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
         "run": {
@@ -168,6 +181,8 @@ def main(arguments: list[str] | None = None) -> dict:
 def save(trainer: Trainer, summary: dict) -> None:
     """The model and all that belongs to it, into training.output_dir."""
     output, publish = Path(str(trainer.args.output_dir)), trainer.args.should_save
+    if summary["run"].get("lora") is not None:
+        trainer.model = trainer.model.merge_and_unload()
     trainer.model.config.use_cache = True  # Trainer switches it off; a saved model should generate with its cache
     with staged(output, publish) as folder:
         trainer.save_model(str(folder))  # every process has a part in it
@@ -176,9 +191,9 @@ def save(trainer: Trainer, summary: dict) -> None:
             (folder / "training.yaml").write_text(yaml.safe_dump(summary["run"], sort_keys=False, allow_unicode=True))
             written = {file.name for file in folder.iterdir()}
     if publish:
-        for weights in output.glob("model*.safetensors*"):
-            if weights.name not in written:  # shards of an earlier model
-                weights.unlink()
+        for file in [*output.glob("model*.safetensors*"), output / "evaluation.json", output / "quickstart.json"]:
+            if file.name not in written:  # shards of an earlier model, and what was measured of it
+                file.unlink(missing_ok=True)
 
 
 # The run file
@@ -237,6 +252,12 @@ def read_run(file: Path, overrides: list[str]) -> Run:
             raise SystemExit(f"error: '{key}' belongs to task {task}, and task is {run.task}")
     if not run.training.get("output_dir"):
         raise SystemExit("error: training.output_dir is not given; it names the folder for the result")
+    if run.lora is not None and is_from_scratch(run):
+        raise SystemExit(f"error: lora fine-tunes a checkpoint, and model '{run.model}' has no weights")
+    if run.lora is not None and (run.training.get("fsdp") or run.training.get("deepspeed")):
+        raise SystemExit(
+            "error: lora is merged into the weights, which no process has whole: leave fsdp and deepspeed out"
+        )
     if run.block_size < 2:
         raise SystemExit(
             f"error: block_size is {run.block_size}; a block needs at least 2 tokens, one to predict another"
@@ -320,7 +341,7 @@ def check_checkpoint(folder: Path) -> None:
         for name in ("optimizer.pt", "scheduler.pt"):
             if (folder / name).exists() and not zipfile.is_zipfile(folder / name):
                 raise ValueError(f"{name} is cut off")
-        if not has_weights(folder) and not any(folder.glob("pytorch_model_fsdp*")):
+        if not has_weights(folder) and not [*folder.glob("pytorch_model_fsdp*"), *folder.glob("adapter_model.*")]:
             raise ValueError(f"none of {', '.join(WEIGHTS)} is there")
         shards = {file.name for file in folder.glob("*.safetensors")}
         if (index := folder / "model.safetensors.index.json").exists():
@@ -339,10 +360,16 @@ def check_checkpoint(folder: Path) -> None:
 
 def read_documents(run: Run, args: TrainingArguments) -> tuple[Any, Any]:
     """The training documents and the held-out ones (or None)."""
-    label_column = run.label_column if run.task == "sequence-classification" else None
-    documents = load_documents(run.data, run.text_column, run.streaming, label_column)
+    load = functools.partial(
+        load_documents,
+        text_column=run.text_column or ("messages" if run.task == "chat" else "text"),
+        streaming=run.streaming,
+        label_column=run.label_column if run.task == "sequence-classification" else None,
+        chat=run.task == "chat",
+    )
+    documents = load(run.data)
     if run.eval_data is not None:
-        return documents, load_documents(run.eval_data, run.text_column, run.streaming, label_column)
+        return documents, load(run.eval_data)
     if run.eval_fraction is None:
         return documents, None
     if len(documents) < 2:
@@ -363,7 +390,7 @@ def choose_tokenizer(run: Run, checkpoint: str | None, documents: Any) -> tuple[
         return train_tokenizer(documents, vocab_size, with_mask=run.task == "masked-lm"), True
     else:
         tokenizer = load_tokenizer(run.model)
-    if tokenizer.eos_token_id is None and run.task == "causal-lm":
+    if tokenizer.eos_token_id is None and run.task in ("causal-lm", "chat"):
         raise SystemExit(f"error: tokenizer '{run.tokenizer or run.model}' has no eos_token to end a document with")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -417,16 +444,6 @@ def is_from_scratch(run: Run) -> bool:
     return folder.is_dir() and not has_weights(folder)
 
 
-def load_config(name: str | Path) -> Any:
-    folder = Path(name).expanduser()
-    if not (folder / "config.json").is_file():
-        raise SystemExit(f"error: model '{name}' is a folder without config.json")
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except Exception as error:  # not JSON, an unknown model_type, a value the config class refuses
-        raise SystemExit(f"error: '{folder / 'config.json'}' cannot be loaded: {error}") from error
-
-
 def build_model(
     run: Run, tokenizer: PreTrainedTokenizerBase, trained_here: bool, labels: list[str] | None = None
 ) -> Any:
@@ -452,6 +469,19 @@ def build_model(
             config.eos_token_id = tokenizer.eos_token_id
             config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def add_lora(model: Any, settings: dict, task_type: str | None) -> Any:
+    """The model with its weights fixed and LoRA weights beside them."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise SystemExit("error: lora needs PEFT: pip install -e '.[peft]'") from error
+    try:
+        config = LoraConfig(**({"target_modules": "all-linear", "task_type": task_type} | settings))
+        return get_peft_model(model, config)
+    except (TypeError, ValueError) as error:  # an unknown setting, a module that is not there
+        raise SystemExit(f"error: lora: {error}") from error
 
 
 def label_names(labels: list[str] | None) -> dict[str, Any]:

@@ -35,6 +35,18 @@ def evaluate_script() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def without_package(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a process that has all installed packages but this one; it is to be called with -S."""
+    site = tmp_path_factory.mktemp("site")
+    for path in sys.path:
+        if path.endswith("site-packages"):
+            for entry in os.scandir(path):
+                if "constattn" not in entry.name.lower() and not entry.name.endswith(".pth"):
+                    (site / entry.name).symlink_to(entry.path)
+    return os.environ | {"PYTHONPATH": str(site)}
+
+
+@pytest.fixture(scope="session")
 def texts() -> list[str]:
     """Twelve English documents of 400 to 2,500 characters, and one that is not ASCII."""
     from pydoc_data.topics import topics

@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from documents import load_documents, split_text, token_ids, tokenise_documents
+from documents import load_documents, source_names, split_text, token_ids, tokenise_documents
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from train import train_tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -45,6 +45,13 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> str | dict | list:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_every_source_gives_the_same_documents(source: str | dict | list, streaming: bool):
     assert list(load_documents(source, streaming=streaming)) == [{"text": text} for text in TEXTS]
+
+
+def test_reports_name_no_folders_of_this_machine(tmp_path: Path):
+    (tmp_path / "notes").mkdir()
+    sources = [str(tmp_path / "notes"), "me/a_dataset", {"path": "me/other", "split": "test"}]
+    assert source_names(sources) == ["notes", "me/a_dataset", "me/other"]
+    assert source_names("me/a_dataset") == ["me/a_dataset"]
 
 
 def test_another_text_column(tmp_path: Path):

@@ -37,6 +37,7 @@ def test_scores_equal_a_direct_computation(
         tokens += len(ids) - 1
     size = sum(len(text.encode()) for text in texts)
     assert (result["documents"], result["tokens"], result["bytes"]) == (len(texts), tokens, size)
+    assert result["data"] == ["docs.jsonl"]
     assert result["loss"] == pytest.approx(nll / tokens, rel=1e-6)
     assert result["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
     assert result["bits_per_byte"] == pytest.approx(nll / math.log(2) / size, rel=1e-6)
@@ -48,18 +49,19 @@ def test_the_chunk_length_changes_nothing(
     evaluate_script: ModuleType, trained: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, chunk: int
 ):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(trained), AutoTokenizer.from_pretrained(trained)
-    whole = evaluate_script.score(model, tokenizer, texts[0])
+    whole = evaluate_script.score(model, evaluate_script.text_tokens(texts[0], tokenizer))
     monkeypatch.setattr(evaluate_script, "CHUNK", chunk)
-    assert evaluate_script.score(model, tokenizer, texts[0]) == pytest.approx(whole, rel=1e-6)
+    assert evaluate_script.score(model, evaluate_script.text_tokens(texts[0], tokenizer)) == pytest.approx(
+        whole, rel=1e-6
+    )
 
 
 def test_as_a_command_beside_the_library_of_the_same_name(trained: Path, docs: Path, tmp_path: Path):
     command = [sys.executable, ROOT / "scripts/evaluate.py", trained, docs]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert [line.split()[0] for line in done.stdout.splitlines()] == [
-        *("checkpoint", "documents", "tokens", "bytes", "loss", "perplexity", "bits_per_byte", "tokens_per_second")
-    ]
+    names = "checkpoint data chat documents tokens bytes loss perplexity bits_per_byte tokens_per_second"
+    assert [line.split()[0] for line in done.stdout.splitlines()] == names.split()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The models: one text, many ways to read it, the same numbers; and at home in Transformers."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -344,7 +343,7 @@ def test_save_and_load(model, ids, tmp_path, max_shard_size):
     assert AutoConfig.from_pretrained(tmp_path).auto_map == AUTO_MAP
 
 
-def test_remote_code_needs_no_package(model, ids, tmp_path):
+def test_remote_code_needs_no_package(model, ids, tmp_path, without_package):
     """In a process that cannot import the package: load, generate, save again, load again."""
     folder, again = tmp_path / "first", tmp_path / "again"
     model.save_pretrained(folder)
@@ -360,19 +359,10 @@ def test_remote_code_needs_no_package(model, ids, tmp_path):
         ids = torch.tensor({ids[:, :10].tolist()})
         print(model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0).tolist())
         """
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    environment.pop("PYTHONPATH", None)
-    site = tmp_path / "site"  # the installed packages, without a link to this one
-    site.mkdir()
-    for path in sys.path:
-        if path.endswith("site-packages"):
-            for entry in os.scandir(path):
-                if "constattn" not in entry.name.lower() and not entry.name.endswith(".pth"):
-                    (site / entry.name).symlink_to(entry.path)
     result = subprocess.run(
         [sys.executable, "-S", "-c", textwrap.dedent(script)],
         cwd=tmp_path,
-        env=environment | {"PYTHONPATH": str(site)},
+        env=without_package | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
         capture_output=True,
         text=True,
     )

@@ -44,6 +44,15 @@ def test_docstrings_stand_under_what_they_document():
     assert python_docs.docstrings(b"x = 1") == []
 
 
+def test_a_conversation_asks_for_the_first_paragraph():
+    _, one, two, _ = python_docs.docstrings(SOURCE.replace("About one.", "About\n    one.").encode())
+    assert python_docs.conversation(one) == [
+        {"role": "user", "content": "What is this?\n\ndef one(a, *, b: int=1) -> str:"},
+        {"role": "assistant", "content": "About one."},
+    ]
+    assert python_docs.conversation(two)[1]["content"] == "About Two."
+
+
 def test_the_documentation_of_this_python(tmp_path: Path):
     python_docs.main([str(tmp_path / "docs")])
     train, held_out = read(tmp_path / "docs/train.jsonl"), read(tmp_path / "docs/heldout.jsonl")
@@ -58,13 +67,21 @@ def test_the_documentation_of_this_python(tmp_path: Path):
     assert all(name.endswith(".py") for name in (row["name"] for row in held_out))
     assert "argparse.py" in names
 
+    run = yaml.safe_load((ROOT / "configuration/training/tiny-chat-lora.yaml").read_text())
+    held_out_text = "\n\n".join(row["text"] for row in held_out)
+    for key in ("data", "eval_data"):
+        chats = [row["messages"] for row in read(tmp_path / "docs" / Path(run[key]).name)]
+        assert len(chats) > 400
+        assert all(answer["content"] for _, answer in chats)
+        held = [question["content"].removeprefix("What is this?\n\n") in held_out_text for question, _ in chats[:400]]
+        assert all(held) if key == "eval_data" else sum(held) < 100
+
     run = yaml.safe_load((ROOT / "configuration/training/tiny-classifier.yaml").read_text())
     packages = [read(tmp_path / "docs" / Path(run[key]).name) for key in ("data", "eval_data")]
     counts = collections.Counter(row[run["label_column"]] for row in packages[0])
     assert {"asyncio", "email", "tkinter"} <= set(counts)
     assert min(counts.values()) >= python_docs.MIN_DOCSTRINGS
     assert {row[run["label_column"]] for row in packages[1]} <= set(counts)
-    held_out_text = "\n\n".join(row["text"] for row in held_out)
     assert len(packages[1]) > 50
     assert all(row["text"] in held_out_text for row in packages[1])
 

@@ -31,6 +31,14 @@ def test_other_files_of_the_folder_stay(tmp_path: Path):
     assert {file.name for file in tmp_path.iterdir()} == {"checkpoint-3", "model"}
 
 
+def test_a_whole_folder_has_no_other_files(tmp_path: Path):
+    (tmp_path / "earlier").touch()
+    (tmp_path / "earlier folder/deep").mkdir(parents=True)
+    with staged(tmp_path, whole=True) as folder:
+        (folder / "model").touch()
+    assert {file.name for file in tmp_path.iterdir()} == {"model"}
+
+
 def test_a_file_that_fails_half_way_leaves_the_good_one(tmp_path: Path):
     out = tmp_path / "new" / "result.json"
     with staged_file(out) as file:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -324,7 +325,7 @@ def test_empty_texts_are_left_out(tmp_path: Path):
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["task=translation"], "task is 'translation'; it should be one of causal-lm, masked-lm, sequence-class"),
+        (["task=translation"], "task is 'translation'; it should be one of causal-lm, chat, masked-lm, sequence-class"),
         (["task=3"], "task is 3; it should be str"),
         (["mlm_probability=0.2"], "'mlm_probability' belongs to task masked-lm, and task is sequence-classification"),
         (["task=causal-lm"], "'label_column' belongs to task sequence-classification, and task is causal-lm"),
@@ -369,3 +370,22 @@ def refused(run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ove
     assert str(error.value).startswith("error: ")
     assert says in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+# LoRA
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own call
+def test_lora_trains_a_classifier_and_its_head(trained: Path, classifier_run: Path, tmp_path: Path):
+    pytest.importorskip("peft", reason="needs peft")
+    out = tmp_path / "out"
+    settings = [f"model={trained}", f"training.output_dir={out}", "training.save_strategy=no", "lora={r: 4}"]
+    result = train.main([str(classifier_run), *settings, "training.max_steps=40"])
+    assert result["eval_accuracy"] > 0.9
+    weights, base = load_file(out / "model.safetensors"), load_file(trained / "model.safetensors")
+    changed = {name for name in base if name in weights and not torch.equal(weights[name], base[name])}
+    assert changed
+    assert all(re.search(r"_proj\.weight$", name) for name in changed)
+    _, report = AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]

@@ -53,6 +53,7 @@ def test_the_folder_is_complete(trained: Path, run_file: Path, texts: list[str])
     assert result["tokens"] == 20 * 4 * 64
     assert result["tokens_per_second"] == pytest.approx(result["tokens"] / result["seconds"])
     assert result["parameters"] == model.num_parameters()
+    assert (result["base_model"], result["data"], result["eval_data"]) == (None, ["docs.jsonl"], ["docs.jsonl"])
     assert result["versions"]["torch"] == torch.__version__
     assert train.read_run(trained / "training.yaml", []) == train.Run(**result["run"])
     assert result["run"]["training"]["learning_rate"] == 1e-2  # written 1e-2, which YAML 1.1 takes for text
@@ -204,6 +205,10 @@ def copy_of(folder: Path, tmp_path: Path) -> Path:
         (["training.resume_from_checkpoint=true"], "holds no checkpoint-* folder"),
         (["training.resume_from_checkpoint=nowhere"], "no such checkpoint folder: 'nowhere'"),
         (["training.report_to=carrier_pigeon"], "carrier_pigeon"),
+        (["lora={r: 4}"], "lora fine-tunes a checkpoint, and model '"),
+        (["lora={r: 4}", "model=no/model", "training.fsdp=full_shard"], "leave fsdp and deepspeed out"),
+        (["chat_template=chat.jinja"], "'chat_template' belongs to task chat, and task is causal-lm"),
+        (["task=chat"], "has no column 'messages' (text_column), it has text"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -289,11 +294,13 @@ def test_a_result_that_cannot_be_written_leaves_the_earlier_one(
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_shards_of_an_earlier_model_go(trained: Path, run_file: Path, tmp_path: Path):
+def test_what_belongs_to_an_earlier_model_goes(trained: Path, run_file: Path, tmp_path: Path):
     out = copy_of(trained, tmp_path)
-    (out / "model-00002-of-00002.safetensors").touch()
+    for name in ("model-00002-of-00002.safetensors", "evaluation.json", "quickstart.json"):
+        (out / name).touch()
     run(run_file, f"training.output_dir={out}", "training.save_strategy=no", "training.max_steps=1")
-    assert [file.name for file in out.glob("*.safetensors")] == ["model.safetensors"]
+    assert {file.name for file in out.glob("*.safetensors")} == {"model.safetensors"}
+    assert not [name for name in ("evaluation.json", "quickstart.json") if (out / name).exists()]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -307,6 +314,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_shipped_run_files_are_known_to_train(file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     run = train.read_run(file, [])
-    assert (Path(run.model) / "config.json").is_file()
+    others = [other for other in file.parent.glob("*.yaml") if other != file]
+    made = [yaml.safe_load(other.read_text())["training"]["output_dir"] for other in others]
+    assert (Path(run.model) / "config.json").is_file() or run.model in made
+    assert run.chat_template is None or Path(run.chat_template).is_file()
     assert f"python scripts/train.py configuration/training/{file.name}" in file.read_text().splitlines()[0]
     assert yaml.safe_load(file.read_text())["training"]["output_dir"].startswith("runs/")
