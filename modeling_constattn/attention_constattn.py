@@ -366,8 +366,9 @@ def constant_attention(
 
 def _read(q: Tensor, state: ConstAttnState) -> Tensor:
     """y = softmax_d(q + log Z) · mean (eq. 5). q [B,H,T,K] → [B,H,T,V]; an empty state has mean 0 and reads 0."""
-    read_weights = (q + _finite(state.log_Z)[:, :, None]).softmax(-1).to(state.mean.dtype)
-    return read_weights @ state.mean
+    log_Z = state.log_Z[:, :, None]
+    log_Z = log_Z.masked_fill((log_Z == _NEG_INF).all(-1, keepdim=True), 0.0)  # all of it: a softmax of −inf is NaN
+    return (q + log_Z).softmax(-1).to(state.mean.dtype) @ state.mean
 
 
 def _attend_step(

@@ -18,6 +18,9 @@ How it is measured, so that ratios mean something on a machine that does other t
 - The contenders take turns (A B C A B C …) after a warm-up, each on inputs of the same length; before each run, one
   call is not timed, if calls are short. Times are medians of the runs; a ratio is the median of the ratios of the runs
   of each turn.
+- Until a process has freed one large tensor, glibc gives the memory of every freed tensor of some megabytes back to the
+  system and asks for it anew, page by page, which takes longer than many an operator. Any model frees one soon; here it
+  is done first.
 - Peak memory is what one call allocates for tensors at its peak, its results included, its inputs not: on CUDA by the
   allocator's count, on a CPU by torch's profiler, which leaves out the scratch space of BLAS libraries. There it is not
   taken of Mamba over many tokens, whose loop over tokens makes more events than the profiler should hold.
@@ -119,6 +122,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
     options = parse(arguments)
     transformers.utils.logging.set_verbosity_error()
     torch.manual_seed(0)
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # made and freed, as any model's tensors are, see above
     for command in MEASUREMENTS if options.command == "all" else [options.command]:
         lengths = options.lengths or (QUICK_LENGTHS if options.quick else LENGTHS)[command]
         result = {"command": command, "environment": environment(options)} | MEASUREMENTS[command](options, lengths)

@@ -337,6 +337,19 @@ def test_state_as_logs():
     assert signed.nbytes == 2 * 2 * 16 * 8 + 2 * 2 * 16 * 24 * 8
 
 
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+def test_an_empty_slot_beside_full_ones_weighs_nothing(is_causal, T):
+    """As a state built from the paper's pair may have it; masked tokens read what is there."""
+    query, key, value, _, _ = make_inputs(T, B=1)
+    state = constant_attention(key, query, value)[1]
+    state.log_Z[..., 0], state.mean[..., 0, :] = -torch.inf, 0.0
+    key_mask = torch.zeros(1, T, dtype=torch.bool)
+    output, _ = constant_attention(query, key, value, state, key_mask=key_mask, is_causal=is_causal)
+    weights = (query + state.log_Z[:, :, None])[..., 1:].softmax(-1)
+    torch.testing.assert_close(output, weights @ state.mean[..., 1:, :])
+
+
 def test_masked_start_is_not_cut_up():
     """A left-padded batch must not fall back to single tokens: nothing grows where nothing has been seen."""
     key, value = torch.randn(1, 256, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 256, 4)
