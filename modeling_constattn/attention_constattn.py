@@ -78,15 +78,11 @@ import torch
 from torch import Tensor
 
 _CHUNK_SIZE = 64
-_MAX_SPREAD = {
-    torch.float32: 60.0,
-    torch.float64: 600.0,
-}  # of log Z in a chunk: e^60 = 1e26 leaves float32 room for products
+# How far log Z of all slots may spread in a chunk: e^60 = 1e26 leaves float32 (1e±38) room for products.
+_MAX_SPREAD = {torch.float32: 60.0, torch.float64: 600.0}
 _MAX_SHIFT = 32.0  # by which float32 exponents may lie below zero where they matter: an error of 2e-6 at most
-_SEGMENT_SIZE = {
-    "cpu": 2**20,
-    "other": 2**25,
-}  # numbers of one [M,N,C,K] tensor: 4 MB, within a CPU's cache; launches are dear
+# Numbers of one [M,N,C,K] tensor of a segment: a dozen of a megabyte fit a CPU's cache; elsewhere launches are dear.
+_SEGMENT_SIZE = {"cpu": 2**18, "other": 2**25}
 _NEG_INF = float("-inf")
 _logger = logging.getLogger(__name__)
 
