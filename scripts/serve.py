@@ -47,7 +47,7 @@ from documents import start_token_id
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaConfig, TemperatureLogitsWarper, TopPLogitsWarper
@@ -63,14 +63,17 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+Text = Annotated[str, AfterValidator(lambda text: text.encode().decode())]  # half a surrogate pair is no text
+
+
 class Part(Strict):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Strict):
     role: Literal["system", "user", "assistant"]
-    content: str | list[Part]
+    content: Text | list[Part]
 
     def plain(self) -> dict[str, str]:
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -81,13 +84,13 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
-StopString = Annotated[str, Field(min_length=1)]
+StopString = Annotated[Text, Field(min_length=1)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 
 class ChatRequest(Strict):
     messages: list[Message] = Field(min_length=1)
-    model: str | None = None
+    model: Text | None = None
     session_id: str | None = Field(None, pattern="^(new|[0-9a-f]{32})$")
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -255,6 +258,12 @@ class Engine:
     def submit(self, job: Job) -> None:
         self.waiting.append(job)
         self.wake.set()
+
+    def leave(self, job: Job) -> None:
+        """For jobs that nobody waits for any more: those that wait go at once, those that run after the step."""
+        job.has_left = True
+        with contextlib.suppress(ValueError):
+            self.waiting.remove(job)
 
     async def run(self) -> None:
         with ThreadPoolExecutor(1, "model") as thread:
@@ -458,7 +467,7 @@ class Server:
         finally:
             self.requests -= 1
             if job is not None:
-                job.has_left = True
+                self.engine.leave(job)
             if is_kept:
                 self.sessions.put(session)
 
@@ -546,10 +555,10 @@ def build_app(options: argparse.Namespace) -> FastAPI:
 def measure(options: argparse.Namespace) -> None:
     """Prints what so many idle sessions take in memory, and what their key-value caches would."""
     server, count, tokens = Server(options), options.measure_sessions, 4096
+    before = psutil.Process().memory_info().rss
     ids = torch.randint(server.model.config.vocab_size, (1, tokens), device=server.model.device)
     with torch.no_grad():
         cache = server.model(ids, use_cache=True, logits_to_keep=1).past_key_values
-    before = psutil.Process().memory_info().rss
     for _ in range(count):
         session = server.sessions.open()
         session.cache = copy.deepcopy(cache)
@@ -564,10 +573,12 @@ def measure(options: argparse.Namespace) -> None:
     for layer in range(config.num_hidden_layers):
         llama.update(keys, keys, layer)
     print(f"{count:,} sessions of {tokens:,} tokens, {str(server.model.dtype).removeprefix('torch.')}")
-    print(f"    states held            {held:>19,} bytes, {held // count:,} each")
+    print(f"    states held                             {held:>19,} bytes, {held // count:,} each")
     if server.model.device.type == "cpu":
-        print(f"    growth of the process  {resident:>19,} bytes")
-    print(f"    Llama's caches         {count * cache_nbytes(llama):>19,} bytes, {cache_nbytes(llama):,} each")
+        print(f"    growth of the process, reading included {resident:>19,} bytes")
+    print(
+        f"    key-value caches of a Llama, by its shape {count * cache_nbytes(llama):>17,} bytes, {cache_nbytes(llama):,} each"
+    )
 
 
 def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
