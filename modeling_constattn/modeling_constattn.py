@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+from transformers.distributed.tensor_parallel import ReplicatedWithGradAllReduce
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import (
     create_bidirectional_sliding_window_mask,
@@ -47,10 +49,11 @@ class ShortConvolution(nn.Module):
     """Depthwise convolution over L tokens, [B,T,D] → [B,T,D]: the last L, the last L−1 inputs kept in the cache; or, not
     causal, as many on either side."""
 
-    def __init__(self, channels: int, kernel_size: int, is_causal: bool):
+    def __init__(self, widths: tuple[int, ...], kernel_size: int, is_causal: bool):
         super().__init__()
+        self.widths = widths  # channels of query, key and value, which lie side by side
         self.ahead = 0 if is_causal else kernel_size // 2  # tokens to the right that are seen
-        self.weight = nn.Parameter(torch.empty(channels, kernel_size))
+        self.weight = nn.Parameter(torch.empty(sum(widths), kernel_size))
 
     def forward(self, x: Tensor, lag_limit: Tensor | None, cache: ConstAttnCacheLayer | None) -> Tensor:
         """``lag_limit`` [B,T]: how far back each token may look, where documents are packed."""
@@ -74,6 +77,28 @@ class ShortConvolution(nn.Module):
         return y
 
 
+class _ParallelConvolution(ReplicatedWithGradAllReduce):
+    """Tensor parallel: each rank convolves the channels of its own heads, by its rows of the whole weight."""
+
+    def install_forward(self, module, mesh):
+        forward = module.forward
+
+        def forward_with_own_rows(*args, **kwargs):
+            weight, rank = module.weight, mesh.get_local_rank()
+            rows = [part.chunk(mesh.size())[rank] for part in weight.split(module.widths)]  # of query, key and value
+            module._parameters["weight"] = torch.cat(rows)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                module._parameters["weight"] = weight
+
+        module.forward = forward_with_own_rows
+        return super().install_forward(module, mesh)  # sums the gradients of all ranks
+
+
+ALL_PARALLEL_STYLES.register("constattn_convolution", _ParallelConvolution())
+
+
 class ConstantAttention(nn.Module):
     """Projections, short convolution, constant attention with forgetting, per-head norm, gate, output projection."""
 
@@ -89,9 +114,9 @@ class ConstantAttention(nn.Module):
         self.f_proj = nn.Linear(hidden, heads * self.num_slots) if config.use_forget_gate else None
         self.g_proj = nn.Linear(hidden, heads * self.head_dim, bias=False) if config.use_output_gate else None
         self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=False)
-        channels = heads * (2 * self.num_slots + self.head_dim)
+        widths = (heads * self.num_slots, heads * self.num_slots, heads * self.head_dim)
         has_conv = config.conv_kernel_size > 1
-        self.conv = ShortConvolution(channels, config.conv_kernel_size, config.is_causal) if has_conv else None
+        self.conv = ShortConvolution(widths, config.conv_kernel_size, config.is_causal) if has_conv else None
         self.norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_output_norm else None
 
     def forward(
@@ -543,6 +568,7 @@ class ConstAttnForCausalLM(ConstAttnPreTrainedModel, GenerationMixin):
     """The language model: next-token logits over the vocabulary, and `generate()` at constant cost per token."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: ConstAttnConfig):
