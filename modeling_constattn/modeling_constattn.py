@@ -27,6 +27,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.utils import is_tracing
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -429,6 +430,27 @@ def _check_cache(past_key_values: Cache, config: ConstAttnConfig, batch: int) ->
             raise ValueError(f"past_key_values holds {layer.batch_size} rows, the input {batch}")
 
 
+def _packed_position_ids(
+    B: int, T: int, position_ids: Tensor | None, cu_seq_lens_q: Tensor | None = None, seq_idx: Tensor | None = None, **_
+) -> Tensor:
+    """[B,T] positions that restart at each packed document, from where it starts in a flat row, or from its number [B,T]."""
+    if cu_seq_lens_q is not None and B != 1:
+        raise ValueError(f"cu_seq_lens_q divides one flat row into documents; the input has {B} rows")
+    if cu_seq_lens_q is not None:
+        time = torch.arange(T, device=cu_seq_lens_q.device)
+        seq_idx = (time[:, None] >= cu_seq_lens_q).sum(1)[None]
+    assert seq_idx is not None
+    time = torch.arange(T, device=seq_idx.device).expand_as(seq_idx)
+    is_start = torch.diff(seq_idx, prepend=seq_idx[:, :1] - 1) != 0
+    if position_ids is None:
+        return time - torch.where(is_start, time, 0).cummax(1).values
+    runs_on = is_start[:, 1:] & (torch.diff(position_ids) == 1)
+    if not is_tracing(runs_on) and runs_on.any():
+        where = runs_on.nonzero()[0, 1].item() + 1
+        raise ValueError(f"a packed document starts at token {where}, where position_ids does not restart")
+    return position_ids
+
+
 class ConstAttnModel(ConstAttnPreTrainedModel):
     """The model without a head: embedding, blocks, final norm."""
 
@@ -459,7 +481,7 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | dict[str, Tensor | None] | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
@@ -470,20 +492,23 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
             input_ids: [B,T] token ids; or `inputs_embeds` [B,T,hidden].
             attention_mask: [B,T], or [B,past+T] of which the last T count; 1 for a real token. Padding may lie anywhere.
             position_ids: [B,T]. Rotary positions of sliding layers; and where they restart (without an attention_mask), a new
-                packed document starts: no layer looks across.
+                packed document starts: no layer looks across. `cu_seq_lens_q` of a flat row or `seq_idx` [B,T] stand in for them.
             past_key_values: what earlier calls returned, or `DynamicCache(config=model.config)`.
             use_cache: whether to return the state.
 
         Raises:
-            ValueError: if both or neither of input_ids and inputs_embeds are given, or a mask or cache does not fit.
+            ValueError: if both or neither of input_ids and inputs_embeds are given, a mask or cache does not fit, or position_ids
+                run on where another argument says that a packed document starts.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         B, T, _ = inputs_embeds.shape
-        if position_ids is None and any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx")):
-            raise ValueError("packed documents need position_ids that restart at each of them")
+        if any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx")):
+            if attention_mask is not None:
+                raise ValueError("packed documents (cu_seq_lens_q, seq_idx) take no attention_mask; leave it out")
+            position_ids = _packed_position_ids(B, T, position_ids, **kwargs)
 
         lag_limit = None
         if attention_mask is None and position_ids is not None and T > 1:
@@ -548,7 +573,10 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
             masks = {"constant_attention": create_recurrent_attention_mask(**arguments)}
             if sliding:
                 if lag_limit is not None and past_key_values is not None:
-                    raise ValueError("packed documents with sliding_attention layers cannot continue from a cache")
+                    message = "packed documents with sliding_attention layers cannot continue from a cache"
+                    if not is_tracing(lag_limit):
+                        raise ValueError(message)
+                    torch._assert_async((lag_limit > 0).all(), message)  # whether there are some is known when it runs
                 make = (
                     create_sliding_window_causal_mask
                     if self.config.is_causal

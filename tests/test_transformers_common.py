@@ -1,7 +1,7 @@
 """Transformers' own tests of a model: the mixins that the source distribution of the installed version carries.
 
-It is fetched by pip once, and kept in the user's cache; nothing of it is in this repository. Of the modules that its mixins import and
-it lacks, `STAND_INS` are ours.
+It is fetched by pip once, and kept in the user's cache; nothing of it is in this repository. The modules that its mixins import and it
+lacks are `STAND_INS`, our own.
 """
 
 import importlib
@@ -47,6 +47,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+mp.get_context("forkserver").set_forkserver_preload(["modeling_constattn", "transformers_tests.test_fsdp_mixin"])
+
 
 def _get_distributed_device_type():
     return "cpu"
@@ -65,7 +67,7 @@ def _set_rank_device(rank):
 
 
 def _start_rank_processes(function, args, nprocs):
-    mp.spawn(function, args=args, nprocs=nprocs)
+    mp.start_processes(function, args=args, nprocs=nprocs, start_method="forkserver")  # imports once, for all ranks
 
 
 def _rank(rank, function, world_size, port, args):
@@ -90,6 +92,7 @@ def run_distributed(world_size):
     return start
 """,
 }
+
 
 def unpack_their_tests() -> None:
     """Makes the package `transformers_tests`; skips this module where the source distribution cannot be had."""
@@ -123,6 +126,7 @@ unpack_their_tests()
 common = importlib.import_module("transformers_tests.test_modeling_common")
 tensor_parallel = importlib.import_module("transformers_tests.test_tensor_parallel_mixin")
 fsdp = importlib.import_module("transformers_tests.test_fsdp_mixin")
+ConfigTester = importlib.import_module("transformers_tests.test_configuration_common").ConfigTester
 training = importlib.import_module("transformers_tests.test_training_mixin")
 tensor_parallel.TP_DISTRIBUTED_TEST_MODEL_TYPES = fsdp.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None  # all model types
 
@@ -170,18 +174,17 @@ class ModelTester:
         return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-class ModelTests(
-    common.ModelTesterMixin,
-    tensor_parallel.TensorParallelTesterMixin,
-    fsdp.FSDPTesterMixin,
-    training.TrainingTesterMixin,
-):
+class ModelTests(common.ModelTesterMixin, training.TrainingTesterMixin):
     all_model_classes = tuple(CLASSES.values())
+    training_overfit_steps, training_overfit_learning_rate = 100, 3e-3  # as low a loss as 300 steps at 1e-3
     model_tester = None
     fields: dict[str, Any] = {}
 
     def setUp(self):
         self.model_tester = ModelTester(**self.fields)
+
+    def test_config(self):
+        ConfigTester(self, config_class=ConstAttnConfig, num_hidden_layers=2, **self.fields).run_common_tests()
 
     @unittest.skip("the source distribution has no GenerationTesterMixin; tests/test_modeling_constattn.py generates")
     def test_generation_tester_mixin_inheritance(self):
@@ -192,14 +195,16 @@ class PureTest(ModelTests, unittest.TestCase):
     has_attentions = False  # no layer has a matrix of attention weights
 
 
-class HybridTest(ModelTests, unittest.TestCase):
-    fields = {"mixer_types": ["constant_attention", "sliding_attention"], "sliding_window": 4}
+class HybridTest(
+    ModelTests, tensor_parallel.TensorParallelTesterMixin, fsdp.FSDPTesterMixin, unittest.TestCase
+):  # its two layers are all that a model of default blocks can have: what takes several processes runs on it alone
+    fields = {"mixer_types": ["constant_attention", "sliding_attention"], "sliding_window": 4, "num_slots": 12}
 
     @unittest.skip("wants attention weights of every layer; only the window layers have some")
     def test_attention_outputs(self):
         pass
 
 
-class HeinsenTest(ModelTests, unittest.TestCase):
+class HeinsenTest(ModelTests, tensor_parallel.TensorParallelTesterMixin, unittest.TestCase):
     fields = {"block_type": "heinsen"}
     has_attentions = False
