@@ -395,6 +395,11 @@ class ConstAttnPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     _can_record_outputs = {"hidden_states": [ConstAttnBlock, HeinsenBlock], "attentions": SlidingAttention}
 
+    def __init__(self, config: ConstAttnConfig):
+        super().__init__(config)
+        # FSDP refuses the name of a block that the model does not have.
+        self._no_split_modules = ["HeinsenBlock" if config.block_type == "heinsen" else "ConstAttnBlock"]
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)

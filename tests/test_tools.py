@@ -333,6 +333,7 @@ SEVERAL = """
     if trainer.is_world_process_zero():
         print("RESULT" + json.dumps({
             "world": dist.get_world_size() if dist.is_initialized() else 1,
+            "deepspeed": trainer.is_deepspeed_enabled,
             "sharded": [isinstance(parameter, DTensor) for parameter in model.parameters()],
             "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         }))
@@ -372,9 +373,21 @@ def test_two_processes_train_as_one(how, checkpoint, one_process, tmp_path):
     torch.testing.assert_close(logits, expected_logits, rtol=1e-3, atol=1e-4)
 
 
+@kinds
+def test_fsdp_of_accelerate_shards_each_block(kind):
+    """What `fsdp: true` in TrainingArguments does on GPUs; on CPUs, Accelerate leaves FSDP out without a word."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+
+    model = make_model(kind)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    wraps = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    assert [module for module in model.modules() if wraps(module)] == list(model.model.layers)
+
+
 def test_deepspeed_trains_as_one_process(checkpoint, one_process, tmp_path):
     pytest.importorskip("deepspeed", reason="the extra `deepspeed` compiles its kernels, and is not part of `dev`")
     result, logits = train_several(checkpoint, tmp_path, str(ROOT / "configuration/training/deepspeed.json"))
-    assert result["world"] == 2
+    assert (result["world"], result["deepspeed"]) == (2, True)
     assert result["losses"] == pytest.approx(one_process[0]["losses"], rel=1e-5)
     torch.testing.assert_close(logits, one_process[1], rtol=1e-3, atol=1e-4)
