@@ -6,6 +6,23 @@ from transformers.configuration_utils import PreTrainedConfig
 MIXER_TYPES = ("constant_attention", "sliding_attention")
 BLOCK_TYPES = ("default", "heinsen")
 
+# Tensor parallel, per block type. Heads are independent: each rank holds some of them, in every projection.
+_TENSOR_PARALLEL = {f"layers.*.mixer.{name}_proj": "colwise" for name in "qkvfg"} | {
+    "layers.*.mixer.conv": "constattn_convolution",  # its weight is whole on every rank, see the model
+    "layers.*.mixer.norm": "replicated_with_grad_allreduce",
+    "layers.*.mixer.o_proj": "rowwise",
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
+# One projection holds query, key and value side by side, so a rank's part is not of whole heads: the weights alone are split.
+_HEINSEN_TENSOR_PARALLEL = {
+    "positions.proj": "colwise_gather_output",
+    "layers.*.qkv_proj": "colwise_gather_output",
+    "layers.*.glu_proj": "colwise_gather_output",
+    "layers.*.o_proj": "colwise_gather_output",
+}
+
 
 @strict
 class ConstAttnConfig(PreTrainedConfig):
@@ -49,6 +66,7 @@ class ConstAttnConfig(PreTrainedConfig):
 
     model_type = "constattn"
     keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = _TENSOR_PARALLEL
 
     vocab_size: int = 50304
     hidden_size: int = 768
@@ -92,6 +110,8 @@ class ConstAttnConfig(PreTrainedConfig):
             self.conv_kernel_size = 4 if self.is_causal else 5
         if self.mixer_types is None:
             self.mixer_types = ["constant_attention"] * self.num_hidden_layers
+        if self.block_type == "heinsen":
+            self.base_model_tp_plan = _HEINSEN_TENSOR_PARALLEL
         super().__post_init__(**kwargs)
 
     @classmethod

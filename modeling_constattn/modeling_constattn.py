@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+from transformers.distributed.tensor_parallel import ReplicatedWithGradAllReduce
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import (
     create_bidirectional_sliding_window_mask,
@@ -25,6 +27,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.utils import is_tracing
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -47,10 +50,11 @@ class ShortConvolution(nn.Module):
     """Depthwise convolution over L tokens, [B,T,D] → [B,T,D]: the last L, the last L−1 inputs kept in the cache; or, not
     causal, as many on either side."""
 
-    def __init__(self, channels: int, kernel_size: int, is_causal: bool):
+    def __init__(self, widths: tuple[int, ...], kernel_size: int, is_causal: bool):
         super().__init__()
+        self.widths = widths  # channels of query, key and value, which lie side by side
         self.ahead = 0 if is_causal else kernel_size // 2  # tokens to the right that are seen
-        self.weight = nn.Parameter(torch.empty(channels, kernel_size))
+        self.weight = nn.Parameter(torch.empty(sum(widths), kernel_size))
 
     def forward(self, x: Tensor, lag_limit: Tensor | None, cache: ConstAttnCacheLayer | None) -> Tensor:
         """``lag_limit`` [B,T]: how far back each token may look, where documents are packed."""
@@ -78,6 +82,28 @@ class ShortConvolution(nn.Module):
         return y
 
 
+class _ParallelConvolution(ReplicatedWithGradAllReduce):
+    """Tensor parallel: each rank convolves the channels of its own heads, by its rows of the whole weight."""
+
+    def install_forward(self, module, mesh):
+        forward = module.forward
+
+        def forward_with_own_rows(*args, **kwargs):
+            weight, rank = module.weight, mesh.get_local_rank()
+            rows = [part.chunk(mesh.size())[rank] for part in weight.split(module.widths)]  # of query, key and value
+            module._parameters["weight"] = torch.cat(rows)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                module._parameters["weight"] = weight
+
+        module.forward = forward_with_own_rows
+        return super().install_forward(module, mesh)  # sums the gradients of all ranks
+
+
+ALL_PARALLEL_STYLES.register("constattn_convolution", _ParallelConvolution())
+
+
 class ConstantAttention(nn.Module):
     """Projections, short convolution, constant attention with forgetting, per-head norm, gate, output projection."""
 
@@ -93,9 +119,9 @@ class ConstantAttention(nn.Module):
         self.f_proj = nn.Linear(hidden, heads * self.num_slots) if config.use_forget_gate else None
         self.g_proj = nn.Linear(hidden, heads * self.head_dim, bias=False) if config.use_output_gate else None
         self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=False)
-        channels = heads * (2 * self.num_slots + self.head_dim)
+        widths = (heads * self.num_slots, heads * self.num_slots, heads * self.head_dim)
         has_conv = config.conv_kernel_size > 1
-        self.conv = ShortConvolution(channels, config.conv_kernel_size, config.is_causal) if has_conv else None
+        self.conv = ShortConvolution(widths, config.conv_kernel_size, config.is_causal) if has_conv else None
         self.norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_output_norm else None
 
     def forward(
@@ -379,6 +405,11 @@ class ConstAttnPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": [ConstAttnBlock, HeinsenBlock], "attentions": SlidingAttention}
 
+    def __init__(self, config: ConstAttnConfig):
+        super().__init__(config)
+        # FSDP refuses the name of a block that the model does not have.
+        self._no_split_modules = ["HeinsenBlock" if config.block_type == "heinsen" else "ConstAttnBlock"]
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -414,6 +445,27 @@ def _check_cache(past_key_values: Cache, config: ConstAttnConfig, batch: int) ->
             raise ValueError(f"past_key_values holds {layer.batch_size} rows, the input {batch}")
 
 
+def _packed_position_ids(
+    B: int, T: int, position_ids: Tensor | None, cu_seq_lens_q: Tensor | None = None, seq_idx: Tensor | None = None, **_
+) -> Tensor:
+    """[B,T] positions that restart at each packed document, from where it starts in a flat row, or from its number [B,T]."""
+    if cu_seq_lens_q is not None and B != 1:
+        raise ValueError(f"cu_seq_lens_q divides one flat row into documents; the input has {B} rows")
+    if cu_seq_lens_q is not None:
+        time = torch.arange(T, device=cu_seq_lens_q.device)
+        seq_idx = (time[:, None] >= cu_seq_lens_q).sum(1)[None]
+    assert seq_idx is not None
+    time = torch.arange(T, device=seq_idx.device).expand_as(seq_idx)
+    is_start = torch.diff(seq_idx, prepend=seq_idx[:, :1] - 1) != 0
+    if position_ids is None:
+        return time - torch.where(is_start, time, 0).cummax(1).values
+    runs_on = is_start[:, 1:] & (torch.diff(position_ids) == 1)
+    if not is_tracing(runs_on) and runs_on.any():
+        where = runs_on.nonzero()[0, 1].item() + 1
+        raise ValueError(f"a packed document starts at token {where}, where position_ids does not restart")
+    return position_ids
+
+
 class ConstAttnModel(ConstAttnPreTrainedModel):
     """The model without a head: embedding, blocks, final norm."""
 
@@ -444,7 +496,7 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | dict[str, Tensor | None] | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
@@ -455,20 +507,23 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
             input_ids: [B,T] token ids; or `inputs_embeds` [B,T,hidden].
             attention_mask: [B,T], or [B,past+T] of which the last T count; 1 for a real token. Padding may lie anywhere.
             position_ids: [B,T]. Rotary positions of sliding layers; and where they restart (without an attention_mask), a new
-                packed document starts: no layer looks across.
+                packed document starts: no layer looks across. `cu_seq_lens_q` of a flat row or `seq_idx` [B,T] stand in for them.
             past_key_values: what earlier calls returned, or `DynamicCache(config=model.config)`.
             use_cache: whether to return the state.
 
         Raises:
-            ValueError: if both or neither of input_ids and inputs_embeds are given, or a mask or cache does not fit.
+            ValueError: if both or neither of input_ids and inputs_embeds are given, a mask or cache does not fit, or position_ids
+                run on where another argument says that a packed document starts.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         B, T, _ = inputs_embeds.shape
-        if position_ids is None and any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx")):
-            raise ValueError("packed documents need position_ids that restart at each of them")
+        if any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx")):
+            if attention_mask is not None:
+                raise ValueError("packed documents (cu_seq_lens_q, seq_idx) take no attention_mask; leave it out")
+            position_ids = _packed_position_ids(B, T, position_ids, **kwargs)
 
         lag_limit = None
         if attention_mask is None and position_ids is not None and T > 1:
@@ -539,7 +594,10 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
             masks = {"constant_attention": create_recurrent_attention_mask(**arguments)}
             if sliding:
                 if lag_limit is not None and past_key_values is not None:
-                    raise ValueError("packed documents with sliding_attention layers cannot continue from a cache")
+                    message = "packed documents with sliding_attention layers cannot continue from a cache"
+                    if not is_tracing(lag_limit):
+                        raise ValueError(message)
+                    torch._assert_async((lag_limit > 0).all(), message)  # whether there are some is known when it runs
                 make = (
                     create_sliding_window_causal_mask
                     if self.config.is_causal
@@ -559,6 +617,7 @@ class ConstAttnForCausalLM(ConstAttnPreTrainedModel, GenerationMixin):
     """The language model: next-token logits over the vocabulary, and `generate()` at constant cost per token."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: ConstAttnConfig):

@@ -107,12 +107,15 @@ def test_padded_rows_are_each_row_alone(model, ids):
         close(right[i, : len(row)], model(row.flip(0)[None]).logits[0])
 
 
-def test_packed_documents_are_each_document_alone(model, ids):
-    """As TRL and `DataCollatorWithFlattening` send them; outputs and gradients."""
+@pytest.mark.parametrize("sent", ["all", "position_ids", "cu_seq_lens_q", "seq_idx"])
+def test_packed_documents_are_each_document_alone(model, ids, sent):
+    """As `DataCollatorWithFlattening` sends them, all it can or one thing alone; outputs and gradients."""
     documents = [ids[0, :30], ids[0, 30:31], ids[0, 31:]]
     features = [{"input_ids": document.tolist()} for document in documents]
-    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(features)
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(features)
     batch.pop("labels")
+    if sent != "all":
+        batch = {"input_ids": batch["input_ids"], sent: batch[sent]}
     packed = model(**batch).logits[0]
     alone = torch.cat([model(document[None]).logits[0] for document in documents])
     close(packed, alone)
@@ -125,9 +128,18 @@ def test_packed_documents_are_each_document_alone(model, ids):
         torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
-def test_packed_without_positions_is_refused(ids):
-    with pytest.raises(ValueError, match="position_ids that restart"):
-        make_model("default")(ids, cu_seq_lens_q=torch.tensor([0, 40, 90]))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"position_ids": torch.arange(90)[None]}, "a packed document starts at token 40, where position_ids does not"),
+        ({"attention_mask": torch.ones(1, 90)}, "packed documents .* take no attention_mask"),
+        ({"input_ids": torch.zeros(2, 90, dtype=torch.long)}, "divides one flat row into documents; the input has 2"),
+    ],
+    ids=["positions run on", "mask", "two rows"],
+)
+def test_packed_documents_that_contradict_are_refused(ids, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_model("default")(**{"input_ids": ids[:1], "cu_seq_lens_q": torch.tensor([0, 40, 90])} | arguments)
 
 
 @torch.no_grad()
