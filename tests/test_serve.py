@@ -37,8 +37,10 @@ def lively(request: pytest.FixtureRequest, trained: Path, tmp_path_factory: pyte
     if request.param == "hybrid":
         config.mixer_types, config.sliding_window = ["constant_attention", "sliding_attention"], 24
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config)
     tokenizer = AutoTokenizer.from_pretrained(trained)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(100, 112)]  # so that some answers end early
+    model.save_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     return folder
@@ -56,7 +58,8 @@ class Alone:
         between = (eos if self.ids else "") + f"[user]{text.strip()}{eos}[assistant]"
         self.ids += self.tokenizer(between, add_special_tokens=False)["input_ids"]
         new = self.model.generate(torch.tensor([self.ids]), max_new_tokens=max_tokens, do_sample=False)
-        answer = [token for token in new[0, len(self.ids) :].tolist() if token != self.tokenizer.eos_token_id]
+        ends = self.model.generation_config.eos_token_id
+        answer = [token for token in new[0, len(self.ids) :].tolist() if token not in ends]
         self.ids += answer
         return self.tokenizer.decode(answer, skip_special_tokens=True)
 
@@ -104,6 +107,7 @@ def test_interleaved_sessions_get_the_answers_they_would_get_alone(lively: Path,
         [f"{name} {turn} " + "abc"[turn] * number for turn in range(3)] for number, name in enumerate("ABCDEFGHIJKL")
     ]
     lengths = [5 + 3 * (number % 4) for number in range(len(turns))]
+    reasons = set()
     seen: dict[str, int] = {"running": 0, "sessions_on_disk": 0}
 
     async def converse(http: httpx2.AsyncClient, number: int) -> list[str]:
@@ -120,6 +124,7 @@ def test_interleaved_sessions_get_the_answers_they_would_get_alone(lively: Path,
                 stream_options={"include_usage": True},
             )
             answers.append(said["content"])
+            reasons.add(said["finish_reason"])
             session_id = said["session_id"]
             assert (said["usage"]["prompt_tokens_details"]["cached_tokens"] > 0) == (known > 0)
             assert said["usage"]["prompt_tokens_details"]["cached_tokens"] in (known, known - 1)
@@ -135,6 +140,7 @@ def test_interleaved_sessions_get_the_answers_they_would_get_alone(lively: Path,
             return await asyncio.gather(*(converse(http, number) for number in range(len(turns))))
 
     served = asyncio.run(serve_all())
+    assert reasons == {"length", "stop"}
     assert seen["running"] > 1 and seen["sessions_on_disk"] > 0
     for number, texts in enumerate(turns):
         alone = Alone(lively)
