@@ -52,7 +52,7 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes two lines per use; torch reads this when imported
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 import torch._dynamo
 import torch.nn.functional as F
