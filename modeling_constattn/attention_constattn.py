@@ -479,11 +479,15 @@ class _Chunks(NamedTuple):
     steep: Tensor  # indices into the M·N chunks of those that spread too much, int64
 
 
-def _segments(M: int, T: int, width: int, chunk_size: int, device: torch.device) -> list[slice]:
-    """Whole chunks, as many at a time as `_SEGMENT_SIZE` takes."""
+def _segment_length(M: int, width: int, chunk_size: int, device: torch.device) -> int:
+    """Tokens of whole chunks, as many as `_SEGMENT_SIZE` takes; sym_max: where torch.export leaves the batch open, it stays so."""
     size = _SEGMENT_SIZE["cpu" if device.type == "cpu" else "other"]
-    tokens = max(1, size // (M * width * chunk_size)) * chunk_size
-    return [slice(start, min(start + tokens, T)) for start in range(0, T, tokens)]
+    return torch.sym_max(1, size // (M * width * chunk_size)) * chunk_size
+
+
+def _segments(M: int, T: int, width: int, chunk_size: int, device: torch.device) -> list[slice]:
+    length = _segment_length(M, width, chunk_size, device)
+    return [slice(start, min(start + length, T)) for start in range(0, T, length)]
 
 
 def _chunks(x: Tensor, N: int, C: int, fill: float = 0.0) -> Tensor:
@@ -794,7 +798,10 @@ def _chunked(
 @_chunked.register_fake
 def _(q, k, v, f, log_Z0, mean0, chunk_size, kernels):
     M, T, V = v.shape
-    states = 2 if kernels else 1 + len(_segments(M, T, max(q.shape[-1], V), chunk_size, v.device))
+    states = 2
+    if not kernels:
+        length = _segment_length(M, max(q.shape[-1], V), chunk_size, v.device)
+        states = 1 + (T + length - 1) // length
     log_Z, mean = (x.new_empty(M, states, *x.shape[1:]) for x in (log_Z0, mean0))
     return v.new_empty(v.shape), v.new_empty(v.shape[:2], dtype=log_Z0.dtype), log_Z, mean
 
