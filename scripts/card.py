@@ -57,6 +57,9 @@ def make_card(folder: Path, reports: Path, repo_id: str | None = None) -> ModelC
     auto_class, model_class = architecture(config)
     kind, pipeline_tag = KINDS[auto_class]
     training, evaluation, quickstart = (read_report(reports / f"{name}.json") for name in REPORTS)
+    for report, script in ((training, "train.py"), (evaluation, "evaluate.py --output")):
+        if report is not None and "data" not in report:  # as an earlier version of the script wrote it
+            raise SystemExit(f"error: a report in '{reports}' does not say on what data: run scripts/{script} again")
     name = repo_id.split("/")[-1] if repo_id else folder.name
     results = eval_results(pipeline_tag, training, evaluation)
     base_model = training["base_model"] if training else None

@@ -141,6 +141,16 @@ def test_a_report_that_cannot_be_read(measured: Path):
         card.make_card(measured, measured)
 
 
+@pytest.mark.parametrize(("name", "script"), [("training_summary", "train"), ("evaluation", "evaluate")])
+def test_a_report_of_an_earlier_version(name: str, script: str, measured: Path):
+    file = measured / f"{name}.json"
+    report = json.loads(file.read_text())
+    del report["data"]
+    file.write_text(json.dumps(report))
+    with pytest.raises(SystemExit, match=rf"does not say on what data: run scripts/{script}\.py"):
+        card.make_card(measured, measured)
+
+
 def test_an_unknown_architecture(measured: Path):
     file = measured / "config.json"
     file.write_text(file.read_text().replace("ConstAttnForCausalLM", "Nobody"))
