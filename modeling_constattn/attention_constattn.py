@@ -684,13 +684,9 @@ def _backward_segment(
     y, dy, dlse = _chunks(y, N, C), _chunks(dy, N, C), _chunks(dlse[..., None], N, C)
     lse = _chunks(lse[..., None], N, C, float("inf"))
     exponents, r = _read_exponents(c)
-    p = exponents.sub_(
-        (lse - r).to(dtype)
-    ).exp_()  # ≤ exp(spread)                                              [M,N,C,K]
+    p = exponents.sub_((lse - r).to(dtype)).exp_()  # [M,N,C,K], ≤ exp(spread)
     p_start = p * c.carry  # the weights of the state at the start
-    P = torch.matmul(
-        p, c.w.transpose(2, 3)
-    ).tril_()  # the attention itself                                     [M,N,C,C]
+    P = torch.matmul(p, c.w.transpose(2, 3)).tril_()  # [M,N,C,C], the attention itself
     g = torch.matmul(dy, c.v.transpose(2, 3))  # still without δ
     g_start = torch.matmul(dy, c.mean[:, start].transpose(2, 3))  # [M,N,C,K]
 
