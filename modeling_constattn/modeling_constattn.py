@@ -31,7 +31,7 @@ from transformers.utils import is_tracing
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_constattn import constant_attention, log_linear_recurrence
+from .attention_constattn import ConstAttnState, constant_attention, log_linear_recurrence
 from .cache_constattn import ConstAttnCacheLayer, rows_behind
 from .configuration_constattn import ConstAttnConfig
 
@@ -145,18 +145,13 @@ class ConstantAttention(nn.Module):
         key = key.view(B, T, -1, self.num_slots).transpose(1, 2)
         value = value.view(B, T, -1, self.head_dim).transpose(1, 2)  # [B,H,T,V]
 
-        log_decay = None
-        if self.f_proj is not None:
-            log_decay = -self.forget_gate_bound * self.f_proj(hidden_states).float().sigmoid()
-            log_decay = log_decay.view(B, T, -1, self.num_slots).transpose(1, 2)
+        log_decay = self.log_decay(hidden_states)
         if lag_limit is not None:  # a packed document starts from an empty state
             log_decay = torch.zeros_like(query[..., :1]) if log_decay is None else log_decay
             log_decay = log_decay.masked_fill((lag_limit == 0)[:, None, :, None], float("-inf"))
 
         state = None if cache is None else cache.state
-        output, state = constant_attention(
-            query, key, value, state, log_decay=log_decay, key_mask=key_mask, is_causal=self.is_causal
-        )
+        output, state = self.attend(query, key, value, state, log_decay, key_mask)
         if cache is not None:
             cache.write("log_Z", state.log_Z)
             cache.write("mean", state.mean)
@@ -172,6 +167,27 @@ class ConstantAttention(nn.Module):
         if self.g_proj is not None:
             output = output * F.silu(self.g_proj(hidden_states))
         return self.o_proj(output)
+
+    def log_decay(self, hidden_states: Tensor) -> Tensor | None:
+        """[B,T,hidden] → [B,H,T,K], the log of what each slot keeps when a token arrives; None: everything."""
+        if self.f_proj is None:
+            return None
+        log_decay = -self.forget_gate_bound * self.f_proj(hidden_states).float().sigmoid()
+        return log_decay.unflatten(-1, (-1, self.num_slots)).transpose(1, 2)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        state: ConstAttnState | None,
+        log_decay: Tensor | None,
+        key_mask: Tensor | None,
+    ) -> tuple[Tensor, ConstAttnState]:
+        """`constant_attention`, [B,H,T,·]; apart, so that another attention can take its place in the same block."""
+        return constant_attention(
+            query, key, value, state, log_decay=log_decay, key_mask=key_mask, is_causal=self.is_causal
+        )
 
 
 def _eager_attention(

@@ -27,6 +27,9 @@ How it is measured, so that ratios mean something on a machine that does other t
 - Models have random weights and the same number of parameters (±2%). Contexts for decoding are made up, which changes
   no size and no step of the computation: Llama gets random keys and values of that length, ConstAttn a state whose
   log Z is that of so many tokens.
+- Three rows are no contenders but bounds. "its products and exponentials alone" are those of constant attention, on pieces
+  that stay in the processor's cache: what no other arrangement on this library saves. "reading the weights once" is the
+  bandwidth of the memory, "ConstAttn's matrix–vector products alone" what the BLAS library makes of it.
 - A contender whose next row would take longer than --budget, or more memory than is free, ends there; the row says so.
 """
 
@@ -57,8 +60,9 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 import transformers
+from mixers import linear_attention
 from staging import staged_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -86,9 +90,13 @@ OURS, COMPILED = "constant attention", "constant attention, compiled"
 TRITON, TRITON_FORGETTING = "constant attention, Triton", "constant attention, Triton, forgetting"
 FORGETTING = "constant attention, forgetting"
 SDPA, LINEAR, SCAN = "SDPA, causal", "linear attention, elu+1", "paper's scan"
+PRODUCTS = "its products and exponentials alone"
 GLA, LIGHTNET = "GLA, flash-linear-attention", "LightNet, flash-linear-attention"
 MODEL, MODEL_COMPILED, MODEL_PIECES = "ConstAttn", "ConstAttn, compiled", "ConstAttn, in pieces of 2,048"
-LLAMA, LLAMA_COMPILED, MAMBA, READING = "Llama", "Llama, compiled", "Mamba", "reading the weights once"
+LLAMA, LLAMA_COMPILED, MAMBA = "Llama", "Llama, compiled", "Mamba"
+READING, PROJECTING = "reading the weights once", "ConstAttn's matrix–vector products alone"
+
+BOUNDS = (PRODUCTS, READING, PROJECTING)
 
 # Groups of contenders that are compared with each other.
 FORWARD, BACKWARD = "forward", "forward + backward"
@@ -105,6 +113,7 @@ LENGTHS = {
 QUICK_LENGTHS = {"op": (48, 96), "prefill": (32, 64), "decode": (32, 128), "train": (32, 64), "memory": (32, 128)}
 
 BATCH, HEADS, SLOTS, FEATURES = 1, 12, 64, 64  # of the attention alone
+CHUNK, IN_CACHE = 64, 64  # tokens of its chunks; chunks whose [C,C] and [C,K] tensors, a megabyte each, fit a cache
 PIECE = 2048  # tokens of a prompt that MODEL_PIECES reads at a time
 MIN_ROUNDS = 3
 RUN_SECONDS = 0.05  # a shorter call of the attention is repeated within a run until the run takes this long
@@ -426,6 +435,8 @@ def op_contenders(device: str, backward: bool) -> Contenders:
     functions = OP_FUNCTIONS | (TRITON_FUNCTIONS if device == "cuda" else {})
     contenders: Contenders = {name: partial(op_call, function, backward) for name, function in functions.items()}
     contenders[COMPILED] = partial(compiled_op_call, OP_FUNCTIONS[OURS], backward)
+    if device == "cpu":
+        contenders[PRODUCTS] = lambda inputs: partial(products_alone, inputs, backward)
     if device == "cuda":
         contenders |= fla_contenders(backward)
     return contenders
@@ -452,23 +463,23 @@ def compiled_op_call(function: OpFunction, backward: bool, inputs: Inputs) -> Ca
     return call
 
 
-def linear_attention(query: Tensor, key: Tensor, value: Tensor, chunk_size: int = 64) -> Tensor:
-    """elu+1 linear attention (arXiv 2006.16236), causal, in chunks of matrix products: the peer of equal complexity.
-
-    query, key [B,H,T,K]; value [B,H,T,V] → [B,H,T,V]
-    """
-    B, H, T, _ = query.shape
-    N = -(-T // chunk_size)
-    value = torch.cat([value, torch.ones_like(value[..., :1])], -1)  # the last column becomes the denominator
-    q, k, v = (
-        F.pad(x, (0, 0, 0, N * chunk_size - T)).view(B, H, N, chunk_size, -1)
-        for x in (F.elu(query) + 1, F.elu(key) + 1, value)
-    )
-    added = k.transpose(-2, -1) @ v  # what each chunk adds to the state                            [B,H,N,K,V+1]
-    before = F.pad(added[:, :, :-1].cumsum(2), (0, 0, 0, 0, 1, 0))  # the state at its start
-    y = (q @ k.transpose(-2, -1)).tril() @ v + q @ before
-    y = y.reshape(B, H, N * chunk_size, -1)[:, :, :T]
-    return y[..., :-1] / y[..., -1:]
+def products_alone(inputs: Inputs, backward: bool) -> None:
+    """What no other arrangement of constant attention on this library saves: its exponentials and matrix products, of pieces
+    that stay in the processor's cache, without the masks, states and sums between them."""
+    q, k, v, dy = (x.detach().reshape(-1, CHUNK, x.shape[-1]) for x in (*inputs[:3], inputs.output_grad))
+    for p, w, v_c, dy_c in zip(*(x.split(IN_CACHE) for x in (q, k, v, dy)), strict=True):  # [chunks,C,·]
+        for _ in range(2 if backward else 1):  # the backward pass computes the weights anew
+            p_e, w_e = p.exp(), w.exp()
+            P, mean = p_e @ w_e.transpose(1, 2), w_e.transpose(1, 2) @ v_c
+        if not backward:
+            (P @ v_c).baddbmm_(p_e, mean)
+            continue
+        (P @ v_c).baddbmm_(p_e, mean)
+        g, g_start = dy_c @ v_c.transpose(1, 2), dy_c @ mean.transpose(1, 2)
+        dmean = p_e.transpose(1, 2) @ dy_c
+        (P.transpose(1, 2) @ dy_c).baddbmm_(w_e, dmean)
+        (g @ w_e).add_(g_start)
+        (g.transpose(1, 2) @ p_e).baddbmm_(v_c, dmean.transpose(1, 2))
 
 
 def fla_contenders(backward: bool) -> Contenders:
@@ -659,6 +670,7 @@ def measure_decode(options: argparse.Namespace, lengths: Sequence[int]) -> dict:
         MODEL_COMPILED: compiled_decode_call(models[MODEL], partial(constattn_cache, static=True), room),
         LLAMA_COMPILED: compiled_decode_call(models[LLAMA], partial(llama_cache, static=True), room),
         READING: lambda context: reading_call(models[MODEL]),
+        PROJECTING: lambda context: projecting_call(models[MODEL]),
     }
     with tqdm(total=len(lengths) + 1, desc="decode", unit="context") as bar:
         torch._dynamo.reset()
@@ -744,6 +756,20 @@ def reading_call(model: Any) -> Call:
     ways: list[Call] = [lambda: weights @ row, lambda: column @ weights, lambda: weights.sum()]
     device = model.device.type
     return min(ways, key=lambda way: min(timed(way, device) for _ in range(4)))
+
+
+def projecting_call(model: Any) -> Call:
+    """Each weight matrix times one vector, and nothing else: what the BLAS library makes of that bandwidth."""
+    inputs = {
+        layer: layer.weight.new_ones(1, layer.in_features) for layer in model.modules() if isinstance(layer, nn.Linear)
+    }
+
+    def call() -> None:
+        with torch.no_grad():
+            for layer, vector in inputs.items():
+                F.linear(vector, layer.weight)
+
+    return call
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
@@ -1204,7 +1230,8 @@ COLOURS = {
     LLAMA_COMPILED: "#5fb0e5",
     **dict.fromkeys((LINEAR, MAMBA), "#2e8b57"),
     SCAN: "#8a8a8a",
-    READING: "#8a8a8a",
+    **dict.fromkeys((READING, PRODUCTS), "#8a8a8a"),
+    PROJECTING: "#b9a16b",
     GLA: "#b8860b",
     LIGHTNET: "#00868b",
 }
@@ -1227,7 +1254,7 @@ def plot(view: View, results: Results, file: Path) -> None:
 
 
 def plot_panel(axis: Any, view: View, results: Results, quantity: str, factor: float) -> None:
-    names = [name for name in view.contenders(results) if not (name == READING and quantity == "peak_bytes")]
+    names = [name for name in view.contenders(results) if not (name in BOUNDS and quantity == "peak_bytes")]
     curves = {
         name: {
             length: size for length, size in results.series(view.command, view.group, name, quantity).items() if size

@@ -37,14 +37,14 @@ def results(output: Path) -> benchmark.Results:
 
 
 def test_every_contender_is_measured_at_every_length(results: benchmark.Results):
-    op = {*benchmark.OP_FUNCTIONS, benchmark.COMPILED}
+    op = {*benchmark.OP_FUNCTIONS, benchmark.COMPILED, benchmark.PRODUCTS}
     models = {benchmark.MODEL, benchmark.LLAMA, benchmark.MAMBA}
     compiled = {benchmark.MODEL_COMPILED, benchmark.LLAMA_COMPILED}
     expected = {
         ("op", benchmark.FORWARD): op,
         ("op", benchmark.BACKWARD): op,
         ("prefill", benchmark.PREFILL): models | {benchmark.MODEL_PIECES},
-        ("decode", benchmark.TOKEN): models | compiled | {benchmark.READING},
+        ("decode", benchmark.TOKEN): models | compiled | {benchmark.READING, benchmark.PROJECTING},
         ("decode", benchmark.CONTEXTS): {benchmark.MODEL},
         ("train", benchmark.STEP): models,
         ("memory", benchmark.CACHE): models,

@@ -1,0 +1,150 @@
+import mixers
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modeling_constattn import cache_nbytes, quadratic_attention
+
+BASE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+VARIANTS = [
+    {},
+    {"mixer": "softmax"},
+    {"mixer": "softmax", "conv_kernel_size": 1, "use_output_norm": False, "use_output_gate": False},
+    {"mixer": "linear"},
+    {"values": "softplus"},
+    {"forget": "head"},
+    {"forget": "low_rank"},
+    {"forget": "static"},
+    {"signed_read": True},
+    {"share_qk": True},
+    {"share_qk": True, "signed_read": True, "forget": "head"},
+    {"half_life": [4, 4096]},
+    {"qk_scale": 4.0},
+    {"qk_norm": 2.0},
+    {"num_slots": 32},
+]
+TOKENS = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_a_variant_is_causal_learns_and_has_equal_parameters(fields):
+    torch.manual_seed(0)
+    target = mixers.build(BASE).num_parameters()
+    model = mixers.build(BASE | fields, target)
+    assert abs(model.num_parameters() / target - 1) <= 0.02
+    changed = TOKENS.clone()
+    changed[:, 25:] = 0
+    logits, of_changed = (model(x, use_cache=False).logits for x in (TOKENS, changed))
+    torch.testing.assert_close(logits[:, :25], of_changed[:, :25])
+    assert (logits[:, 25:] - of_changed[:, 25:]).abs().max() > 1e-3
+    model(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+    silent = {"f_proj.weight"} if fields.get("forget") == "static" else set()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None and (weight.grad.abs().max() > 0 or any(map(name.endswith, silent))), name
+
+
+def mixer(**fields):
+    torch.manual_seed(0)
+    return mixers.build(BASE | fields).model.layers[0].mixer
+
+
+def random_inputs(heads=2, key_heads=2):
+    torch.manual_seed(1)
+    query, key = torch.randn(2, 2, key_heads, 30, 16)
+    return query, key, torch.randn(2, heads, 30, 16)
+
+
+def test_softmax_reads_by_dot_products_of_rotated_queries_and_keys():
+    query, key, value = random_inputs()
+    output, _ = mixer(mixer="softmax").attend(query, key, value, None, None, None)
+    turn = torch.exp(1j * torch.arange(30)[:, None] * 10000.0 ** -(torch.arange(8) / 8))
+    q, k = (torch.complex(x[..., :8], x[..., 8:]) * turn for x in (query, key))
+    scores = (q @ k.conj().transpose(2, 3)).real / 4
+    expected = scores.masked_fill(~torch.ones(30, 30).tril().bool(), -torch.inf).softmax(-1) @ value
+    torch.testing.assert_close(output, expected)
+
+
+def test_linear_reads_by_features_of_elu():
+    query, key, value = random_inputs()
+    output, _ = mixer(mixer="linear").attend(query, key, value, None, None, None)
+    weights = ((F.elu(query) + 1) @ (F.elu(key) + 1).transpose(2, 3)).tril()
+    torch.testing.assert_close(output, weights @ value / weights.sum(-1, keepdim=True))
+
+
+def test_a_shared_query_and_key_are_those_of_every_head():
+    query, key, value = random_inputs(key_heads=1)
+    output, _ = mixer(share_qk=True).attend(query, key, value, None, None, None)
+    torch.testing.assert_close(output, quadratic_attention(query.expand(2, 2, -1, -1), key.expand(2, 2, -1, -1), value))
+
+
+def test_a_signed_read_is_the_difference_of_two():
+    query, key, value = random_inputs()
+    signed = mixer(signed_read=True)
+    torch.nn.init.constant_(signed.read_weight, 0.5)
+    second = torch.randn_like(query)
+    output, _ = signed.attend(torch.stack([query, second], 2).flatten(1, 2), key, value, None, None, None)
+    expected = quadratic_attention(query, key, value) - 0.5 * quadratic_attention(second, key, value)
+    torch.testing.assert_close(output, expected)
+
+
+def test_positive_values_scaled_and_normed_keys():
+    query, key, value = random_inputs()
+    for fields, inputs in (
+        ({"values": "softplus"}, (query, key, F.softplus(value))),
+        ({"qk_scale": 3.0}, (3 * query, 3 * key, value)),
+        ({"qk_norm": 2.0}, (*(2 * x / x.square().mean(-1, keepdim=True).sqrt() for x in (query, key)), value)),
+    ):
+        output, _ = mixer(**fields).attend(query, key, value, None, None, None)
+        torch.testing.assert_close(output, quadratic_attention(*inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "half_lives"),
+    [
+        ({"half_life": [4, 4096]}, torch.logspace(2, 12, 16, base=2).expand(2, 16)),
+        ({"half_life": [4, 4096], "spread": "head"}, torch.tensor([[4.0], [4096.0]]).expand(2, 16)),
+        ({"half_life": [4, 4096], "spread": "head", "forget": "head"}, torch.tensor([[4.0], [4096.0]])),
+        ({"forget": "low_rank"}, torch.full((2, 16), 16.0)),
+    ],
+    ids=str,
+)
+def test_a_new_gate_forgets_half_after_its_half_life(fields, half_lives):
+    decay = mixer(**fields).log_decay(torch.zeros(1, 1, 32))
+    torch.testing.assert_close(-torch.log(torch.tensor(2.0)) / decay[0, :, 0], half_lives, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"num_slots": 24}, {"block_type": "heinsen"}, {"conv_kernel_size": 1}],
+    ids=str,
+)
+def test_the_counted_state_is_the_caches(fields):
+    model = mixers.build(BASE | fields)
+    cache = model(TOKENS[:1], use_cache=True).past_key_values
+    constant, per_token = mixers.state_floats(BASE | fields)
+    numbers = sum(tensor.numel() for layer in cache.layers for tensor in layer.tensors.values())
+    assert (constant, per_token) == (numbers, 0) and cache_nbytes(cache) >= 4 * numbers
+
+
+def test_the_counted_state_of_softmax_and_windows():
+    assert mixers.state_floats(BASE | {"mixer": "softmax", "conv_kernel_size": 1}) == (0, 2 * 2 * 32)
+    window = {"mixer_types": ["constant_attention", "sliding_attention"], "sliding_window": 8}
+    assert mixers.state_floats(BASE | window)[0] == mixers.state_floats(BASE)[0] // 2 + 2 * 8 * 32
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mixer": "cosine"}, "mixer='cosine' is unknown; use one of constant, softmax, linear"),
+        ({"forget_gates": True}, "'forget_gates' is a field neither of ConstAttnConfig nor of a mixer"),
+        ({"block_type": "heinsen", "signed_read": True}, "the paper's own block"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        mixers.build(BASE | fields)
+
+
+def test_a_size_that_no_width_gives():
+    with pytest.raises(ValueError, match="no width of the MLP gives"):
+        mixers.build(BASE | {"num_slots": 512}, 30_000)

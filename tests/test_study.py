@@ -1,0 +1,192 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+import study
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def small_study(**changes):
+    task = {
+        "kind": "mqar",
+        "model": SMALL,
+        "options": {"pairs": 2, "vocabulary": 64},
+        "length": 16,
+        "batch": 4,
+        "steps": 2,
+        "rows": 8,
+        "equal_parameters": False,
+    }
+    grid = {"tasks": ["recall"], "mixers": ["ours", "softmax"], "seeds": [0], "learning_rates": [1e-3]}
+    mixers = {"ours": None, "softmax": {"mixer": "softmax"}}
+    return {"tasks": {"recall": task | changes.pop("task", {})}, "mixers": mixers, "grid": [grid | changes]}
+
+
+def write(folder: Path, content: dict) -> str:
+    (folder / "study.yaml").write_text("# What it is for.\n" + yaml.safe_dump(content))
+    return str(folder / "study.yaml")
+
+
+def results(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "out/results.jsonl").read_text().splitlines()]
+
+
+def run(folder: Path, content: dict) -> list[dict]:
+    study.main([write(folder, content), "--output", str(folder / "out")])
+    return results(folder)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("quick")
+    study.main([str(ROOT / "configuration/training/study/quick.yaml"), "--output", str(output)])
+    return output
+
+
+def test_the_quick_study_writes_results_tables_and_plots(quick: Path):
+    rows = [json.loads(line) for line in (quick / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 14
+    text = next(row for row in rows if row["task"] == "text" and row["mixer"] == "ours")
+    assert 4 < text["test"]["loss"] < 7 and text["validation"] != text["test"]["loss"]
+    assert [octave["to"] for octave in text["test"]["by_position"]] == [32, 64, 128]
+    first = text["test"]["by_position"][0]
+    assert first["loss"] == pytest.approx(first["loss_of_training_length"], rel=1e-4)  # the same rows
+    induction = next(row for row in rows if row["task"] == "induction")
+    assert set(induction["test"]["accuracy"]) == {"16", "64"} and set(induction["validation"]["accuracy"]) == {"16"}
+    same = {row["parameters"] for row in rows if row["task"] == "text"}
+    assert max(same) / min(same) < 1.04
+    softmax = next(row for row in rows if row["mixer"] == "softmax")
+    assert softmax["state_floats_per_token"] > 0 and text["state_floats_per_token"] == 0
+    readme = (quick / "README.md").read_text()
+    assert readme.count("± ") >= 6 and "4 of 4 cells are done" in readme and "whose figures mean nothing" in readme
+    for image in re.findall(r"\]\((.*\.png)\)", readme):
+        assert (quick / image).stat().st_size > 5_000
+
+
+def test_a_finished_cell_is_not_run_again(tmp_path: Path):
+    first = run(tmp_path, small_study())
+    assert [row["mixer"] for row in first] == ["ours", "softmax"]
+    assert run(tmp_path, small_study()) == first
+    more = run(tmp_path, small_study(seeds=[0, 1]))
+    assert more[:2] == first and [row["settings"]["seed"] for row in more] == [0, 0, 1, 1]
+    assert len(run(tmp_path, small_study(task={"steps": 3}))) == 6  # another task, although it has the same name
+    readme = (tmp_path / "out/README.md").read_text()
+    assert "3 steps; 2 of 2 cells" in readme and "±" not in readme  # of the cells of this study alone
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path):
+    whole = run(tmp_path, small_study())
+    file = tmp_path / "out/results.jsonl"
+    file.write_text(file.read_text().splitlines(keepends=True)[0])
+    again = run(tmp_path, small_study())
+    for before, after in zip(whole, again, strict=True):
+        assert {**before, "seconds": 0} == {**after, "seconds": 0}  # and what is random is the seed's
+
+
+def test_a_cell_that_fails_leaves_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    content = small_study(mixers=["wrong", "ours"])
+    content["mixers"]["wrong"] = {"mixer": "cosine"}
+    with pytest.raises(SystemExit, match="1 of 2 cells failed"):
+        study.main([write(tmp_path, content), "--output", str(tmp_path / "out")])
+    assert "mixer='cosine' is unknown" in "".join(capfd.readouterr())
+    assert [row["mixer"] for row in results(tmp_path)] == ["ours"]
+
+
+def test_workers_give_the_same_results(tmp_path: Path):
+    alone = run(tmp_path, small_study())
+    (tmp_path / "out/results.jsonl").unlink()
+    study.main([write(tmp_path, small_study()), "--output", str(tmp_path / "out"), "--workers", "2"])
+    together = sorted(results(tmp_path), key=lambda row: row["mixer"])
+    assert [(row["mixer"], row["test"]) for row in alone] == [(row["mixer"], row["test"]) for row in together]
+
+
+def test_training_learns(tmp_path: Path):
+    task = {"kind": "induction", "options": {"vocabulary": 4}, "length": 8, "batch": 32, "steps": 200, "rows": 256}
+    (row,) = run(tmp_path, small_study(task=task, mixers=["ours"], learning_rates=[1e-2]))
+    assert row["test"]["accuracy"]["8"] > 0.6  # a guess is right in one of three
+
+
+def fake(rate: float, seed: int, validation: float | None, test: float) -> dict:
+    return {
+        "settings": {"learning_rate": rate, "seed": seed},
+        "validation": {"loss": validation},
+        "test": {"loss": test},
+    }
+
+
+def test_the_learning_rate_is_chosen_on_validation_among_those_with_all_seeds():
+    runs = [
+        fake(1, 0, 2.0, 9.0),
+        fake(1, 1, 2.2, 9.0),
+        fake(2, 0, 2.3, 1.0),
+        fake(2, 1, 2.3, 1.0),
+        fake(3, 0, 1.0, 1.0),
+    ]
+    assert study.summary("ours", runs)["learning_rate"] == 1
+    assert study.summary("ours", [fake(1, 0, None, 1.0), fake(2, 0, 3.0, 3.0)])["learning_rate"] == 2  # one diverged
+
+
+def test_splits_of_the_text_share_no_file():
+    train, validation, test = (bytes(study.source_text(split).numpy()) for split in ("train", "validation", "test"))
+    assert len(train) > 5e6 and min(len(validation), len(test)) > 1e5
+    files = [text.split(b"\0") for text in (train, validation, test)]
+    long = [{file for file in split if len(file) > 500} for split in files]
+    assert not (long[0] & long[1] or long[0] & long[2] or long[1] & long[2])
+
+
+def test_loss_is_that_of_every_token_but_the_first():
+    torch.manual_seed(0)
+    model = study.mixers.build(SMALL).eval()
+    tokens = torch.randint(64, (3, 10))
+    with torch.no_grad():
+        mean = study.losses(model, tokens, 2).mean()
+        torch.testing.assert_close(mean, model(tokens, labels=tokens).loss)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s["grid"][0].update(mixers=["theirs"]), "grid: 'theirs' is not defined; defined are ours, softmax"),
+        (lambda s: s["grid"][0].update(rates=[1]), "grid: 'rates' is unknown"),
+        (lambda s: s["grid"][0].pop("seeds"), "'seeds' is missing"),
+        (
+            lambda s: s["tasks"]["recall"].update(kind="mqa"),
+            "task 'recall': kind 'mqa' is unknown; known are text, mqar",
+        ),
+        (lambda s: s["tasks"]["recall"].update(tests=[1]), "task 'recall': 'tests' is unknown"),
+        (lambda s: s.pop("mixers"), "'mixers' is missing"),
+        (lambda s: s["grid"][0].update(learning_rates=["fast"]), "could not convert"),
+    ],
+)
+def test_bad_studies(tmp_path: Path, change, message: str):
+    content = small_study()
+    change(content)
+    with pytest.raises(SystemExit, match=message):
+        study.main([write(tmp_path, content), "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_result_is_named_and_kept(tmp_path: Path):
+    run(tmp_path, small_study(mixers=["ours"]))
+    file = tmp_path / "out/results.jsonl"
+    broken = file.read_text() + '{"half'
+    file.write_text(broken)
+    with pytest.raises(SystemExit, match=r"results\.jsonl has a line that is not JSON"):
+        run(tmp_path, small_study())
+    assert file.read_text() == broken
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "configuration/training/study").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_the_shipped_studies_can_be_built(file: Path):
+    for cell in {(cell.task_name, cell.mixer_name): cell for cell in study.read_study(file)}.values():
+        with torch.device("meta"):
+            target = study.mixers.build(cell.task.model).num_parameters() if cell.task.equal_parameters else None
+            study.mixers.build(cell.task.model | cell.mixer, target)
+        study.make_rows(cell.task, "test", 1, cell.task.length, 0)
