@@ -32,7 +32,7 @@ class Mixer:
             "static", a learned rate that does not look at the data.
         signed_read: the difference of two reads of one state, the second with a learned weight.
         share_qk: all heads read and write by the same query and key.
-        half_life: [shortest, longest], tokens after which a new gate has forgotten half, spread evenly in the logarithm.
+        half_life: tokens after which a new gate has forgotten half: [shortest, longest], spread evenly in the logarithm, or all.
         spread: over the "slot"s of every head, or over the "head"s, each of one half-life.
         qk_scale: factor on query and key, after the convolution.
         qk_norm: query and key have this root mean square to start with, by an RMSNorm over the slots with a learned gain.
@@ -44,7 +44,7 @@ class Mixer:
     forget: str = "slot"
     signed_read: bool = False
     share_qk: bool = False
-    half_life: tuple[float, float] | None = None
+    half_life: tuple[float, ...] | None = None
     spread: str = "slot"
     qk_scale: float = 1.0
     qk_norm: float | None = None
@@ -141,10 +141,12 @@ class MixerVariant(ConstantAttention):
     def start(self) -> None:
         """Initial weights that are this class's own."""
         if self.kind.half_life is not None:
-            shortest, longest = self.kind.half_life
             rates = self.f_proj.bias.view(-1, 1 if self.kind.forget == "head" else self.num_slots)
+            half_lives = torch.tensor(self.kind.half_life)
             count = rates.shape[1] if self.kind.spread == "slot" else rates.shape[0]
-            half_lives = shortest * (longest / shortest) ** torch.linspace(0, 1, count)
+            if len(half_lives) != count:
+                shortest, longest = half_lives
+                half_lives = shortest * (longest / shortest) ** torch.linspace(0, 1, count)
             share = math.log(2) / half_lives / self.forget_gate_bound
             bias = (share / (1 - share)).log()
             with torch.no_grad():

@@ -292,7 +292,7 @@ def score(model: Any, task: Task, split: str) -> dict[str, Any]:
     accuracy = {}
     for length in (task.length,) if split == "validation" else (task.test_lengths or (task.length,)):
         rows = max(32, min(task.rows, task.rows * task.length * 4 // length))
-        tokens, labels = make_rows(task, split, rows, length, seed)
+        tokens, labels = (x.to(model.device) for x in make_rows(task, split, rows, length, seed))
         right = asked = 0
         for batch, label in zip(
             *(x.split(max(1, task.batch * task.length // length)) for x in (tokens, labels)), strict=True
@@ -308,10 +308,10 @@ def score(model: Any, task: Task, split: str) -> dict[str, Any]:
 def losses(model: Any, tokens: Tensor, batch: int) -> Tensor:
     """Nats of every token but the first of a row, [rows, T−1]."""
     parts = []
-    for part in tokens.split(batch):
+    for part in tokens.to(model.device).split(batch):
         logits = model(part, use_cache=False).logits[:, :-1].float()
         parts.append(F.cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none"))
-    return torch.cat(parts)
+    return torch.cat(parts).cpu()
 
 
 def by_position(model: Any, task: Task, length: int, seed: int) -> list[dict[str, float]]:
