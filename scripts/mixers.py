@@ -34,7 +34,7 @@ class Mixer:
         share_qk: all heads read and write by the same query and key.
         half_life: tokens after which a new gate has forgotten half: [shortest, longest], spread evenly in the logarithm, or all.
         spread: over the "slot"s of every head, or over the "head"s, each of one half-life.
-        qk_scale: factor on query and key, after the convolution.
+        qk_scale: factor on query and key, after the convolution: one for all heads, or for each.
         qk_norm: query and key have this root mean square to start with, by an RMSNorm over the slots with a learned gain.
         tied_start: the projection of the queries starts as that of the keys: a token first looks for its like.
     """
@@ -46,7 +46,7 @@ class Mixer:
     share_qk: bool = False
     half_life: tuple[float, ...] | None = None
     spread: str = "slot"
-    qk_scale: float = 1.0
+    qk_scale: tuple[float, ...] = (1.0,)
     qk_norm: float | None = None
     tied_start: bool = False
 
@@ -67,8 +67,8 @@ FIELDS = {field.name for field in dataclasses.fields(Mixer)}
 def split(fields: dict[str, Any]) -> tuple[Mixer, dict[str, Any]]:
     """The mixer, and what is left for the config."""
     own: dict[str, Any] = {name: value for name, value in fields.items() if name in FIELDS}
-    if own.get("half_life") is not None:
-        own["half_life"] = tuple(own["half_life"])
+    for name in own.keys() & {"half_life", "qk_scale"}:
+        own[name] = tuple(own[name])
     mixer = Mixer(**own)
     return mixer, {name: value for name, value in fields.items() if name not in FIELDS}
 
@@ -173,16 +173,20 @@ class MixerVariant(ConstantAttention):
 
     def attend(self, query, key, value, state, log_decay, key_mask):
         B, _, T, _ = query.shape
-        query, key = query * self.kind.qk_scale, key * self.kind.qk_scale
+        scale = query.new_tensor(self.kind.qk_scale)[:, None, None]
+        query, key = query * scale, key * scale
         if self.kind.qk_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if self.kind.values == "softplus":
             value = F.softplus(value)
         if self.kind.mixer == "softmax":
             rotary = rotary_angles(self.frequencies, T)  # type: ignore[arg-type]
-            return F.scaled_dot_product_attention(
-                rotate(query, *rotary), rotate(key, *rotary), value, is_causal=True
-            ), None
+            query, key, value = (
+                rotate(query, *rotary),
+                rotate(key, *rotary),
+                value.contiguous(),
+            )  # else the O(T²) memory path
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True), None
         if self.kind.mixer == "linear":
             return linear_attention(query, key, value), None
         if self.kind.share_qk:

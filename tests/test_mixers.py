@@ -19,7 +19,7 @@ VARIANTS = [
     {"share_qk": True},
     {"share_qk": True, "signed_read": True, "forget": "head"},
     {"half_life": [4, 4096]},
-    {"qk_scale": 4.0},
+    {"qk_scale": [1.0, 4.0]},
     {"qk_norm": 2.0},
     {"num_slots": 32},
 ]
@@ -91,7 +91,7 @@ def test_positive_values_scaled_and_normed_keys():
     query, key, value = random_inputs()
     for fields, inputs in (
         ({"values": "softplus"}, (query, key, F.softplus(value))),
-        ({"qk_scale": 3.0}, (3 * query, 3 * key, value)),
+        ({"qk_scale": [3.0]}, (3 * query, 3 * key, value)),
         ({"qk_norm": 2.0}, (*(2 * x / x.square().mean(-1, keepdim=True).sqrt() for x in (query, key)), value)),
     ):
         output, _ = mixer(**fields).attend(query, key, value, None, None, None)
