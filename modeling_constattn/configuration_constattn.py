@@ -53,8 +53,8 @@ class ConstAttnConfig(PreTrainedConfig):
             out. Not causal: odd, as many on either side. None: 4, or 5 where not causal.
         use_forget_gate: whether slots forget, each at its own, data-dependent rate. Not causal: distant tokens on both sides weigh
             less; without it, every token reads the same totals, which do not see the order of tokens.
-        forget_gate_bound: the most that a slot's log weight may lose per token; its log decay is in (−forget_gate_bound, 0). At
-            most 0.5, so that a chunk of 64 tokens stays within the growth that the fast path takes.
+        forget_gate_bound: the most that a slot's log weight may lose per token; its log decay is in (−forget_gate_bound, 0), and
+            starts in the middle. At most 0.5, so that a chunk of 64 tokens stays within the growth that the fast path takes.
         use_output_norm: RMSNorm over the features of each head's output.
         use_output_gate: SiLU gate on the output.
         rms_norm_eps: epsilon of every norm.

@@ -1,6 +1,5 @@
 """ConstAttn models: the modules project, convolve, gate and cache; the attention itself is in `attention_constattn`."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -35,7 +34,6 @@ from .attention_constattn import ConstAttnState, constant_attention, log_linear_
 from .cache_constattn import ConstAttnCacheLayer, rows_behind
 from .configuration_constattn import ConstAttnConfig
 
-_INITIAL_LOG_DECAY = -0.0433  # log f of a new forget gate, = logsigmoid(0)/16: half-forgotten after 16 tokens
 _MAX_LOG_VALUE = 80.0  # of the "heinsen" block: exp(±80) stays within float32
 
 
@@ -432,10 +430,6 @@ class ConstAttnPreTrainedModel(PreTrainedModel):
         if isinstance(module, ShortConvolution):
             bound = module.weight.shape[1] ** -0.5
             init.uniform_(module.weight, -bound, bound)
-        elif isinstance(module, ConstantAttention) and module.f_proj is not None:
-            share = -_INITIAL_LOG_DECAY / module.forget_gate_bound
-            share = min(share, 0.5)
-            init.constant_(module.f_proj.bias, math.log(share / (1 - share)))
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in Transformers; config.json names the classes of every head, so that any of them loads as remote code."""

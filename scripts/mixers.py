@@ -2,9 +2,9 @@
 norm, gate and MLP, so that what differs is the attention alone.
 
     build(dict(mixer="softmax", hidden_size=128, …), parameters=900_000)
+    AutoModelForCausalLM.from_config(VariantConfig(values="softplus"))
 
-A mixer is described by the fields of `ConstAttnConfig` and those of `Mixer`. Only the package's own ("constant", without
-further fields) has a cache; the others are for training and scoring.
+Once this module is imported, the variants load and train as any model does. All but softmax generate.
 """
 
 import dataclasses
@@ -13,202 +13,225 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from modeling_constattn import ConstAttnConfig, ConstAttnForCausalLM, constant_attention
+from modeling_constattn import ConstAttnConfig, ConstAttnForCausalLM, ConstAttnState, constant_attention
 from modeling_constattn.modeling_constattn import ConstantAttention
 
 TOLERANCE = 0.02  # of parameter counts
+MAX_LOG_VALUE = 80.0  # exp(±80) stays within float32
 
 
-@dataclasses.dataclass(frozen=True)
-class Mixer:
-    """What is not a field of the product.
+@strict
+class VariantConfig(ConstAttnConfig):
+    """A `ConstAttnConfig`, and what is not a field of the product.
 
-    Attributes:
-        mixer: "constant"; "softmax" over all tokens, with rotary positions; "linear", attention with elu+1 features.
-        values: "signed"; "softplus" makes them positive.
+    Args:
+        mixer: "constant"; "softmax" over all tokens, with rotary positions; "linear", attention with elu+1 features
+            (arXiv 2006.16236). The latter two have no forget gate.
+        values: "signed"; "softplus" makes them positive; "log" takes them for logarithms, and passes the output's on.
         forget: "slot" as the product does; "head", one rate for all slots of a head; "low_rank", by way of 16 features;
             "static", a learned rate that does not look at the data.
-        signed_read: the difference of two reads of one state, the second with a learned weight.
-        share_qk: all heads read and write by the same query and key.
         half_life: tokens after which a new gate has forgotten half: [shortest, longest], spread evenly in the logarithm, or all.
         spread: over the "slot"s of every head, or over the "head"s, each of one half-life.
+        signed_read: the difference of two reads of one state, the second with a learned weight.
+        share_qk: all heads read and write by the same query and key.
         qk_scale: factor on query and key, after the convolution: one for all heads, or for each.
         qk_norm: query and key have this root mean square to start with, by an RMSNorm over the slots with a learned gain.
         tied_start: the projection of the queries starts as that of the keys: a token first looks for its like.
     """
 
+    model_type = "constattn_variant"
+
     mixer: str = "constant"
     values: str = "signed"
     forget: str = "slot"
+    half_life: list[float | int] | None = None
+    spread: str = "slot"
     signed_read: bool = False
     share_qk: bool = False
-    half_life: tuple[float, ...] | None = None
-    spread: str = "slot"
-    qk_scale: tuple[float, ...] = (1.0,)
-    qk_norm: float | None = None
+    qk_scale: list[float | int] = dataclasses.field(default_factory=lambda: [1])
+    qk_norm: float | int | None = None
     tied_start: bool = False
 
-    def __post_init__(self):
+    def validate_variant(self):
         for field, known in (
             ("mixer", ("constant", "softmax", "linear")),
-            ("values", ("signed", "softplus")),
+            ("values", ("signed", "softplus", "log")),
             ("forget", ("slot", "head", "low_rank", "static")),
             ("spread", ("slot", "head")),
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field}={getattr(self, field)!r} is unknown; use one of {', '.join(known)}")
+        if self.block_type == "heinsen":
+            raise ValueError("block_type='heinsen' is the paper's own block, without variants")
+
+    @property
+    def key_heads(self) -> int:
+        return 1 if self.share_qk else self.num_attention_heads
 
 
-FIELDS = {field.name for field in dataclasses.fields(Mixer)}
-
-
-def split(fields: dict[str, Any]) -> tuple[Mixer, dict[str, Any]]:
-    """The mixer, and what is left for the config."""
-    own: dict[str, Any] = {name: value for name, value in fields.items() if name in FIELDS}
-    for name in own.keys() & {"half_life", "qk_scale"}:
-        own[name] = tuple(own[name])
-    mixer = Mixer(**own)
-    return mixer, {name: value for name, value in fields.items() if name not in FIELDS}
-
-
-def build(fields: dict[str, Any], parameters: int | None = None) -> ConstAttnForCausalLM:
-    """A model of these fields, its MLP as wide as brings it closest to so many `parameters`.
-
-    Raises:
-        ValueError: a field is unknown, or no width brings it within 2%.
-    """
-    mixer, config = split(fields)
-    known = {field.name for field in dataclasses.fields(ConstAttnConfig)}
-    if unknown := sorted(config.keys() - known):
-        raise ValueError(f"'{unknown[0]}' is a field neither of ConstAttnConfig nor of a mixer")
-    if parameters is not None and ConstAttnConfig(**config).block_type == "default":
-
-        def count(width: int) -> int:
-            with torch.device("meta"):
-                return _assemble(mixer, config | {"intermediate_size": width}).num_parameters()
-
-        least, more = count(4), count(8)  # a straight line
-        config = config | {"intermediate_size": 4 * max(1, 1 + round((parameters - least) / (more - least)))}
-    model = _assemble(mixer, config)
-    if parameters is not None and abs(model.num_parameters() / parameters - 1) > TOLERANCE:
-        raise ValueError(f"no width of the MLP gives {fields} {parameters:,} parameters (±{TOLERANCE:.0%})")
-    return model
-
-
-def _assemble(mixer: Mixer, config: dict[str, Any]) -> ConstAttnForCausalLM:
-    model = ConstAttnForCausalLM(ConstAttnConfig(**config))
-    if mixer == Mixer():
-        return model
-    if model.config.block_type == "heinsen":
-        raise ValueError("block_type='heinsen' is the paper's own block, without another mixer")
-    for layer_idx, layer in enumerate(model.model.layers):
-        if layer.mixer_type == "constant_attention":
-            layer.mixer = MixerVariant(mixer, model.config, layer_idx)
-            layer.mixer.apply(model._initialize_weights)
-            layer.mixer.start()
-    return model
-
-
-class MixerVariant(ConstantAttention):
+class VariantAttention(ConstantAttention):
     """`ConstantAttention` with another attention, other values or another forget gate."""
 
-    def __init__(self, mixer: Mixer, config: Any, layer_idx: int):
+    def __init__(self, config: Any, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.kind, self.num_heads = mixer, config.num_attention_heads
-        hidden, slots = config.hidden_size, self.num_slots
-        heads = 1 if mixer.share_qk else self.num_heads
-        widths = (heads * slots * (2 if mixer.signed_read else 1), heads * slots, self.num_heads * self.head_dim)
+        self.config = config
+        hidden, slots, heads = config.hidden_size, self.num_slots, config.key_heads
+        widths = (
+            heads * slots * (2 if config.signed_read else 1),
+            heads * slots,
+            config.num_attention_heads * self.head_dim,
+        )
         self.q_proj, self.k_proj = (nn.Linear(hidden, width, bias=False) for width in widths[:2])
         if self.conv is not None:
             self.conv = type(self.conv)(widths, config.conv_kernel_size, config.is_causal)
-        if self.f_proj is not None and mixer.mixer != "constant":
+        if self.f_proj is not None and config.mixer != "constant":
             self.f_proj = None  # type: ignore[assignment]
         elif self.f_proj is not None:
-            rates = heads if mixer.forget == "head" else heads * slots
-            if mixer.forget == "low_rank":
+            rates = heads if config.forget == "head" else heads * slots
+            if config.forget == "low_rank":
                 self.f_down, hidden = nn.Linear(hidden, 16, bias=False), 16
             self.f_proj = nn.Linear(hidden, rates)
-        if mixer.signed_read:
+        if config.signed_read:
             self.read_weight = nn.Parameter(torch.zeros(heads))
-        if mixer.qk_norm is not None:
+        if config.qk_norm is not None:
             self.q_norm, self.k_norm = nn.RMSNorm(slots), nn.RMSNorm(slots)
-        if mixer.mixer == "softmax":
-            inverse = config.rope_theta ** (-torch.arange(0, slots, 2) / slots)
-            self.register_buffer("frequencies", inverse, persistent=False)
 
     def start(self) -> None:
         """Initial weights that are this class's own."""
-        if self.kind.half_life is not None:
-            rates = self.f_proj.bias.view(-1, 1 if self.kind.forget == "head" else self.num_slots)
-            half_lives = torch.tensor(self.kind.half_life)
-            count = rates.shape[1] if self.kind.spread == "slot" else rates.shape[0]
+        if self.config.half_life is not None and self.f_proj is not None:
+            rates = self.f_proj.bias.view(-1, 1 if self.config.forget == "head" else self.num_slots)
+            half_lives = torch.tensor(self.config.half_life)
+            count = rates.shape[1] if self.config.spread == "slot" else rates.shape[0]
             if len(half_lives) != count:
                 shortest, longest = half_lives
                 half_lives = shortest * (longest / shortest) ** torch.linspace(0, 1, count)
             share = math.log(2) / half_lives / self.forget_gate_bound
             bias = (share / (1 - share)).log()
             with torch.no_grad():
-                rates.copy_(bias if self.kind.spread == "slot" else bias[:, None])
-        if self.kind.tied_start:
+                rates.copy_(bias if self.config.spread == "slot" else bias[:, None])
+        if self.config.tied_start:
             with torch.no_grad():
                 self.q_proj.weight.copy_(self.k_proj.weight)
                 if self.conv is not None:
                     query, key = self.conv.weight.split(self.conv.widths)[:2]
                     query.copy_(key)
-        if self.kind.qk_norm is not None:
-            nn.init.constant_(self.q_norm.weight, self.kind.qk_norm)
-            nn.init.constant_(self.k_norm.weight, self.kind.qk_norm)
+        if self.config.qk_norm is not None:
+            nn.init.constant_(self.q_norm.weight, self.config.qk_norm)
+            nn.init.constant_(self.k_norm.weight, self.config.qk_norm)
+
+    def forward(self, hidden_states, key_mask, lag_limit, past_key_values):
+        if self.config.mixer != "constant" and (key_mask is not None or lag_limit is not None):
+            raise ValueError(f"mixer='{self.config.mixer}' reads rows without padding, of one document each")
+        if self.config.mixer == "softmax" and past_key_values is not None:
+            raise ValueError("mixer='softmax' has no cache here: use_cache=False")
+        return super().forward(hidden_states, key_mask, lag_limit, past_key_values)
 
     def log_decay(self, hidden_states: Tensor) -> Tensor | None:
         if self.f_proj is None:
             return None
-        if self.kind.forget == "static":
+        if self.config.forget == "static":
             hidden_states = torch.zeros_like(hidden_states)  # the bias is left
-        elif self.kind.forget == "low_rank":
+        elif self.config.forget == "low_rank":
             hidden_states = self.f_down(hidden_states)
         log_decay = -self.forget_gate_bound * self.f_proj(hidden_states).float().sigmoid()
-        return log_decay.unflatten(-1, (-1, 1 if self.kind.forget == "head" else self.num_slots)).transpose(1, 2)
+        return log_decay.unflatten(-1, (-1, 1 if self.config.forget == "head" else self.num_slots)).transpose(1, 2)
 
     def attend(self, query, key, value, state, log_decay, key_mask):
-        B, _, T, _ = query.shape
-        scale = query.new_tensor(self.kind.qk_scale)[:, None, None]
+        B, H, T, _ = value.shape
+        scale = query.new_tensor(self.config.qk_scale)[:, None, None]
         query, key = query * scale, key * scale
-        if self.kind.qk_norm is not None:
+        if self.config.qk_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        if self.kind.values == "softplus":
+        if self.config.values == "softplus":
             value = F.softplus(value)
-        if self.kind.mixer == "softmax":
-            rotary = rotary_angles(self.frequencies, T)  # type: ignore[arg-type]
-            query, key, value = (
-                rotate(query, *rotary),
-                rotate(key, *rotary),
-                value.contiguous(),
-            )  # else the O(T²) memory path
+        elif self.config.values == "log":
+            value = value.clamp(-MAX_LOG_VALUE, MAX_LOG_VALUE).exp()
+        if self.config.mixer == "softmax":
+            query, key = rotated(query, self.config.rope_theta), rotated(key, self.config.rope_theta)
+            value = value.contiguous()  # else the kernel takes O(T²) memory
             return F.scaled_dot_product_attention(query, key, value, is_causal=True), None
-        if self.kind.mixer == "linear":
-            return linear_attention(query, key, value), None
-        if self.kind.share_qk:
+        if self.config.mixer == "linear":
+            return linear_attention_with_state(query, key, value, state)
+        if self.config.share_qk:
             value = value.transpose(1, 2).reshape(B, 1, T, -1)  # one head, whose values are those of all
 
-        def read(query: Tensor) -> Tensor:
-            return constant_attention(query, key, value, log_decay=log_decay, key_mask=key_mask)[0]
+        def read(query: Tensor) -> tuple[Tensor, ConstAttnState]:
+            return constant_attention(query, key, value, state, log_decay=log_decay, key_mask=key_mask)
 
-        if self.kind.signed_read:
+        if self.config.signed_read:
             first, second = query.unflatten(1, (-1, 2)).unbind(2)
-            output = read(first) - self.read_weight[:, None, None] * read(second)
+            output, state_after = read(first)
+            output = output - self.read_weight[:, None, None] * read(second)[0]
         else:
-            output = read(query)
-        return output.transpose(1, 2).reshape(B, T, self.num_heads, -1).transpose(1, 2), None
+            output, state_after = read(query)
+        if self.config.values == "log":
+            output = output.log()
+        return output.transpose(1, 2).reshape(B, T, H, -1).transpose(1, 2), state_after
 
 
-def rotary_angles(frequencies: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    angles = torch.arange(length, device=frequencies.device)[:, None] * frequencies  # [T,K/2]
-    return angles.cos(), angles.sin()
+class VariantForCausalLM(ConstAttnForCausalLM):
+    config_class = VariantConfig
+
+    def __init__(self, config: VariantConfig):
+        super().__init__(config)
+        for layer_idx, layer in enumerate(self.model.layers):
+            if layer.mixer_type == "constant_attention":
+                layer.mixer = VariantAttention(config, layer_idx)
+                layer.mixer.apply(self._initialize_weights)
+                layer.mixer.start()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+AutoConfig.register(VariantConfig.model_type, VariantConfig)
+AutoModelForCausalLM.register(VariantConfig, VariantForCausalLM)
+
+OWN_FIELDS = {field.name for field in dataclasses.fields(VariantConfig)} - {
+    field.name for field in dataclasses.fields(ConstAttnConfig)
+}
+
+
+def config_of(fields: dict[str, Any]) -> Any:
+    """A `VariantConfig`, or a `ConstAttnConfig` where no field needs more.
+
+    Raises:
+        ValueError: a field is unknown.
+    """
+    if unknown := sorted(fields.keys() - {field.name for field in dataclasses.fields(VariantConfig)}):
+        raise ValueError(f"'{unknown[0]}' is a field neither of ConstAttnConfig nor of a variant")
+    return (VariantConfig if fields.keys() & OWN_FIELDS else ConstAttnConfig)(**fields)
+
+
+def build(fields: dict[str, Any], parameters: int | None = None) -> Any:
+    """A model of these fields, its MLP as wide as brings it closest to so many `parameters`.
+
+    Raises:
+        ValueError: a field is unknown, or no width brings it within 2%.
+    """
+    if parameters is not None and config_of(fields).block_type == "default":
+
+        def count(width: int) -> int:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(
+                    config_of(fields | {"intermediate_size": width})
+                ).num_parameters()
+
+        least, more = count(4), count(8)  # a straight line
+        fields = fields | {"intermediate_size": 4 * max(1, 1 + round((parameters - least) / (more - least)))}
+    model = AutoModelForCausalLM.from_config(config_of(fields))
+    if parameters is not None and abs(model.num_parameters() / parameters - 1) > TOLERANCE:
+        raise ValueError(f"no width of the MLP gives {fields} {parameters:,} parameters (±{TOLERANCE:.0%})")
+    return model
+
+
+def rotated(x: Tensor, theta: float) -> Tensor:
+    """Rotary positions from 0 on, [B,H,T,K]; the two halves of the features are the rotated pairs."""
+    T, K = x.shape[-2:]
+    frequencies = theta ** (-torch.arange(0, K, 2, device=x.device) / K)
+    angles = torch.arange(T, device=x.device)[:, None] * frequencies  # [T,K/2]
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -232,21 +255,36 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, chunk_size: int 
     return y[..., :-1] / y[..., -1:]
 
 
+def linear_attention_with_state(
+    query: Tensor, key: Tensor, value: Tensor, state: ConstAttnState | None
+) -> tuple[Tensor, ConstAttnState]:
+    """`linear_attention` of a whole text, or of the next token; its sums are kept as their logs and means, as ours are."""
+    if state is not None and query.shape[2] > 1:
+        raise ValueError("mixer='linear' reads a text in one call, then token by token")
+    S = (F.elu(key) + 1).transpose(2, 3) @ F.pad(value, (0, 1), value=1.0)  # [B,H,K,V+1], the last column Z
+    if state is None:
+        output = linear_attention(query, key, value)
+    else:
+        S = S + F.pad(state.mean, (0, 1), value=1.0) * state.log_Z.exp().to(S.dtype)[..., None]
+        y = (F.elu(query) + 1) @ S
+        output = y[..., :-1] / y[..., -1:]
+    return output, ConstAttnState(S[..., -1].double().log(), S[..., :-1] / S[..., -1:])
+
+
 def state_floats(fields: dict[str, Any]) -> tuple[int, int]:
     """Numbers that generation keeps: for a sequence of any length, and for each of its tokens."""
-    mixer, config_fields = split(fields)
-    config: Any = ConstAttnConfig(**config_fields)
+    config: Any = VariantConfig(**fields) if fields.get("block_type") != "heinsen" else ConstAttnConfig(**fields)
     heads, slots, features = config.num_attention_heads, config.num_slots, config.head_dim
-    key_heads = 1 if mixer.share_qk else heads
+    key_heads = getattr(config, "key_heads", heads)
     constant = token = 0
     for mixer_type in config.layer_types:
         if mixer_type == "sliding_attention":
             constant += 2 * config.sliding_window * heads * features
             continue
         if config.block_type == "default":
-            widths = key_heads * slots * (3 if mixer.signed_read else 2) + heads * features
+            widths = key_heads * slots * (3 if config.signed_read else 2) + heads * features
             constant += (config.conv_kernel_size - 1) * widths
-        if mixer.mixer == "softmax":
+        if getattr(config, "mixer", "constant") == "softmax":
             token += heads * (slots + features)
         else:
             constant += slots * (key_heads + heads * features)
