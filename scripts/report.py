@@ -98,7 +98,7 @@ class Plan:
 
     contexts: tuple[int, ...] = (256, 1024, 4096, 16_384, 65_536)
     training_lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
-    scan_lengths: tuple[int, ...] = (128, 256, 512, 1024)
+    scan_lengths: tuple[int, ...] = (64, 128, 256, 512)
     rounds: int = 9
     scales: tuple[float, ...] = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
     draws: int = 3  # of the inputs of the stability chapter
@@ -519,6 +519,7 @@ def trained(name: str, config: Any, rate: float, seed: int, text: Text, plan: Pl
     settings = {"config": described(config), "text": text.folder.name, "training": training, "versions": versions()}
     title = f"training {name} {rate:g} {seed}"
     folder = work.file(title, settings).with_suffix("")
+    last = folder / f"model/checkpoint-{plan.steps}"
 
     def measure() -> dict:
         config.save_pretrained(folder / "config")
@@ -530,14 +531,15 @@ def trained(name: str, config: Any, rate: float, seed: int, text: Text, plan: Pl
             "tokenizer": str(text.folder / "tokenizer"),
         }
         own = {"output_dir": str(folder / "model"), "save_steps": math.ceil(plan.steps / 2), "save_total_limit": 1}
+        if last.is_dir():
+            shutil.rmtree(last)  # all steps are made, and resumed it would make one more: it starts anew
         if any((folder / "model").glob("checkpoint-*")):
             own["resume_from_checkpoint"] = True
         run["training"] = run["training"] | training | own
         (folder / "run.yaml").write_text(yaml.safe_dump(run))
         summary = train.main([str(folder / "run.yaml")])
-        checkpoint = folder / f"model/checkpoint-{plan.steps}"
-        history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-        shutil.rmtree(checkpoint)
+        history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+        shutil.rmtree(last)
         return {
             "loss": summary["eval_loss"],
             "seconds": summary["seconds"],

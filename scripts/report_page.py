@@ -581,23 +581,23 @@ def roll_out(results: dict) -> list[list[str]]:
     latency = criteria["latency"]["threshold"] if "latency" in criteria else 1.0
     losses = results["block_losses"]
     rise = gap / 100 * statistics.mean(losses[SOFTMAX])  # nats per token that must not go unseen
-    requests = math.ceil(2 * ((1.96 + 0.84) * statistics.stdev(losses[SOFTMAX]) / rise) ** 2)
+    requests = sample_size(2**0.5 * statistics.stdev(losses[SOFTMAX]), rise)  # two models answer different requests
     paired = [ours - softmax for ours, softmax in zip(losses[OURS], losses[SOFTMAX], strict=True)]
-    prompts = max(2, math.ceil(((1.96 + 0.84) * statistics.stdev(paired) / rise) ** 2))
+    prompts = sample_size(statistics.stdev(paired), rise)
     saved = criteria["memory_saved"]["figure"]["value"] if "memory_saved" in criteria else None
     memory = f"; cache {saved:.3g}% smaller at {context:,} tokens" if saved is not None else ""
     return [
         [
             "1. shadow",
-            f"scripts/shadow.py CANDIDATE INCUMBENT PROMPTS on at least {prompts:,} prompts of real traffic: answers go to "
+            f"scripts/shadow.py CANDIDATE INCUMBENT PROMPTS on at least {prompts} prompts of real traffic: answers go to "
             "nobody",
             "it exits with 0",
             f"loss above the incumbent's by more than {rise:.3f} nats per token ({gap:g}%)",
         ],
         [
             "2. canary",
-            f"{requests:,} requests to each model show such a rise (power 80%, level 5%, losses of single requests vary by "
-            f"{statistics.stdev(losses[SOFTMAX]):.2f}): the share is {requests:,} ÷ the requests of a day, at least 1%",
+            f"{requests} requests to each model show such a rise (power 80%, level 5%, losses of single requests vary by "
+            f"{statistics.stdev(losses[SOFTMAX]):.2f}): the share is {requests} ÷ the requests of a day, at least 1%",
             "a day without any of the signs to the right",
             f"loss as above, or time per token above {latency:g}× the incumbent's at {context:,} tokens, or a single NaN",
         ],
@@ -615,6 +615,12 @@ def roll_out(results: dict) -> list[list[str]]:
             "as before: send the traffic back, nothing has to be migrated",
         ],
     ]
+
+
+def sample_size(deviation: float, rise: float) -> str:
+    """How many draws show a rise of the mean, at a level of 5% with a power of 80%."""
+    size = ((1.96 + 0.84) * deviation / rise) ** 2
+    return f"{max(30, math.ceil(size)):,}" if math.isfinite(size) else "(losses are not finite)"  # fewer are no sample
 
 
 # ----------------------------------------------------------------------------------------------------------------- plots

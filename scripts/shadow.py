@@ -32,6 +32,7 @@ from benchmark import digits, markdown_table
 from checkpoints import load_model, load_tokenizer
 from criteria import Criterion, Figure, amount, judge, read_thresholds, verdict
 from documents import load_documents, source_names, start_token_id
+from report_page import finite
 from staging import staged_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -89,9 +90,10 @@ def main(arguments: list[str] | None = None) -> dict:
         "verdict": verdict(list(judgements.values())),
     }
     print("\n".join(table(result)))
+    result = finite(result)
     if options.output:
         with staged_file(options.output) as file:
-            file.write_text(json.dumps(result, indent=2) + "\n")
+            file.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     return result
 
 
