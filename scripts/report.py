@@ -30,6 +30,7 @@ import math
 import re
 import shutil
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -64,6 +65,7 @@ from report_page import (
 )
 from staging import staged, staged_file
 from tasks import TASKS
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -219,10 +221,12 @@ class Work:
             print(f"{name}: used again")
         else:
             print(f"{name} …")
+            began = time.perf_counter()
             content = {"name": name, "settings": settings, "result": measure()}
             content |= {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "commit": benchmark.commit()}
             with staged_file(file) as new:
                 new.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+            print(f"{name}: {time.perf_counter() - began:.0f} s")
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             result, date, commit = (content[key] for key in ("result", "date", "commit"))
@@ -383,7 +387,6 @@ def cost(configs: dict[str, Any], plan: Plan, settings: dict, bench: argparse.Na
     contexts = sorted({*plan.contexts, settings["context"]})
     lengths = sorted({*plan.training_lengths, settings["training_length"]})
     models = partial(new_models, configs, bench)
-    rows = partial(swept, bench=bench)
     caches = {OURS: benchmark.constattn_cache, SOFTMAX: benchmark.llama_cache, LINEAR: linear_cache}
 
     def decode() -> list[dict]:
@@ -407,7 +410,8 @@ def cost(configs: dict[str, Any], plan: Plan, settings: dict, bench: argparse.Na
         built = models(names)
         calls = {name: benchmark.trainer(model) for name, model in built.items()}
         vocab_size = configs[OURS].vocab_size
-        return rows(group, calls, lengths, lambda T: torch.randint(vocab_size, (1, T), device=bench.device))
+        make_tokens = partial(random_tokens, vocab_size, bench.device)
+        return swept(group, calls, lengths, make_tokens, bench)
 
     def scan(backward: bool) -> list[dict]:
         group = benchmark.BACKWARD if backward else benchmark.FORWARD
@@ -419,7 +423,8 @@ def cost(configs: dict[str, Any], plan: Plan, settings: dict, bench: argparse.Na
             name: partial(benchmark.op_call, function, backward) for name, function in functions.items()
         }
         make_inputs = partial(benchmark.op_inputs, options=bench, backward=backward)
-        return rows(group, calls, plan.scan_lengths, make_inputs, run_seconds=benchmark.RUN_SECONDS)
+        few = argparse.Namespace(**vars(bench) | {"rounds": benchmark.MIN_ROUNDS})  # of seconds each, and no close call
+        return swept(group, calls, plan.scan_lengths, make_inputs, few, benchmark.RUN_SECONDS)
 
     variants = (OURS, SOFTPLUS, LOG_VALUES, PAPER)
     one = [settings["training_length"]]
@@ -439,6 +444,10 @@ def cost(configs: dict[str, Any], plan: Plan, settings: dict, bench: argparse.Na
 
 def new_models(configs: dict[str, Any], bench: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     return {name: new_model(configs[name], bench.device, bench.dtype) for name in names}
+
+
+def random_tokens(vocab_size: int, device: str, length: int) -> Tensor:
+    return torch.randint(vocab_size, (1, length), device=device)
 
 
 def swept(

@@ -52,6 +52,7 @@ def test_no_file(tmp_path: Path):
         ("gap", Figure(float("nan")), False, False),
         ("saved", Figure(6.0, 4.9, 6.5), True, True),
         ("saved", Figure(4.0), False, False),
+        ("saved", Figure(float("inf")), False, False),
     ],
 )
 def test_judgements(name: str, figure: Figure, passed: bool, close: bool):

@@ -18,10 +18,10 @@ def inputs() -> stability.Inputs:
 
 @pytest.mark.parametrize("name", FORMS)
 def test_forms_agree_where_nothing_is_hard(name: str, inputs: stability.Inputs):
-    tolerance = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[FORMS[name][0]]
+    least, most = {torch.float32: (0, 2e-6), torch.bfloat16: (1e-3, 1e-2), torch.float16: (1e-4, 1e-3)}[FORMS[name][0]]
     row = stability.compare_forms(inputs)[name]
-    assert 0 < row["error"] < tolerance
-    assert 0 < row["gradient_error"] < tolerance
+    assert least < row["error"] < most
+    assert least < row["gradient_error"] < most
     assert row["nonfinite"] == row["gradient_nonfinite"] == 0
 
 
