@@ -74,6 +74,7 @@ from modeling_constattn import ConstAttnConfig, ConstAttnForCausalLM, cache_nbyt
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "configuration/training/tiny.yaml"
 DOCS = ROOT / "runs/python_docs"
+REPORT = ROOT / "model_cards/reports/proof_of_concept"
 STUDY = ROOT / "model_cards/reports/quality/results.jsonl"
 LEARNING_RATES = (1e-3, 3e-3)
 HELD_OUT = 0.1  # of the text that is given
@@ -109,7 +110,7 @@ class Plan:
     blocks: int = 64  # of held-out text, for the losses with approximated exponentials
     rates: tuple[float, ...] = LEARNING_RATES
     seeds: int = 3
-    steps: int = 250
+    steps: int = 200
     characters: int | None = None  # of the training text, a fifth of it of the held-out text
     training: dict = dataclasses.field(default_factory=lambda: {"warmup_steps": 25, "logging_steps": 10})
 
@@ -159,7 +160,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "stability": numerics(plan, bench.device, work),
         "quality": quality(configs, text, plan, work),
     }
-    results |= held_out_blocks(results["quality"], text, plan, work)
+    results |= held_out_blocks(results["quality"], text, bench.device, work)
     results["measured"] = sorted(work.dates)
     results["decision"] = decide(results, thresholds)
     write_report(results, options.output, STUDY)
@@ -177,7 +178,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, help=f"of each training ({Plan.steps})")
     parser.add_argument("--seeds", type=int, help=f"of each contender ({Plan.seeds})")
-    parser.add_argument("--output", type=Path, help="folder (default: model_cards/reports/proof_of_concept)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder (default: runs/proof_of_concept; of the quickstart's text and tiny: model_cards/reports/proof_of_concept)",
+    )
     parser.add_argument("--work", type=Path, help="folder for measurements and models (default: runs/report)")
     parser.add_argument("--quick", action="store_true", help="tiny models, few steps, into runs/quick_report")
     options = parser.parse_args(arguments)
@@ -189,7 +194,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.price_per_hour is not None and not 0 < options.price_per_hour < math.inf:
         parser.error(f"--price-per-hour is {options.price_per_hour}; it is above 0")
     quick = ROOT / "runs/quick_report"
-    options.output = options.output or (quick if options.quick else ROOT / "model_cards/reports/proof_of_concept")
+    if options.output is None:  # the report in model_cards/ is that of the shipped model on the quickstart's text
+        own = ROOT / "runs/proof_of_concept" if options.data or options.model else REPORT
+        options.output = quick if options.quick else own
     options.work = options.work or (quick / "work" if options.quick else ROOT / "runs/report")
     options.model = None if options.quick else options.model or ROOT / "configuration/models/tiny"
     return options
@@ -560,7 +567,7 @@ def trained(name: str, config: Any, rate: float, seed: int, text: Text, plan: Pl
     return work.measured(title, settings, measure) | {"seed": seed, "model": folder.name + "/model"}
 
 
-def held_out_blocks(found: dict[str, dict], text: Text, plan: Plan, work: Work) -> dict[str, dict[str, list[float]]]:
+def held_out_blocks(found: dict[str, dict], text: Text, device: str, work: Work) -> dict[str, dict[str, list[float]]]:
     """Losses of single blocks: of two contenders, and of ours with its exponential and logarithm approximated."""
     runs = {name: found[name]["runs"][0]["model"] for name in (OURS, SOFTMAX)}
     models = {name: str(work.folder / model) for name, model in runs.items()}
@@ -568,11 +575,12 @@ def held_out_blocks(found: dict[str, dict], text: Text, plan: Plan, work: Work) 
 
     def losses() -> dict[str, list[float]]:
         return {
-            name: stability.block_losses(load_model(model, None).eval(), text.blocks) for name, model in models.items()
+            name: stability.block_losses(load_model(model, None).to(device).eval(), text.blocks)
+            for name, model in models.items()
         }
 
     def approximated() -> dict[str, list[float]]:
-        return dict(stability.approximated_losses(load_model(models[OURS], None).eval(), text.blocks))
+        return dict(stability.approximated_losses(load_model(models[OURS], None).to(device).eval(), text.blocks))
 
     return {
         "block_losses": work.measured("losses of blocks", settings, losses),

@@ -160,7 +160,7 @@ def cost_chapter(results: dict) -> Chapter:
         plot("cost-cache", "Cache", "tokens of context", "MB", scaled(sizes, 1e-6)),
         Paragraph(
             f"Cost of a million generated tokens at a given context. The model: softmax takes a + b·T seconds a token, "
-            f"fitted by least squares of relative errors to the times above, a = {a * 1e3:.3g} ms, b = {b * 1e9:.3g} ns "
+            f"fitted by least squares of relative errors to the times above, a = {digits(a * 1e3)} ms, b = {digits(b * 1e9)} ns "
             f"(largest deviation {100 * residual:.0f}%); ConstAttn and elu+1 take the median over all contexts, at every "
             f"length. Measured up to {longest:,} tokens. The cache of softmax grows by {bytes_per_token:,.0f} bytes a token: "
             f"{bytes_per_token * PRICED[-1] / 1e9:.3g} GB at {PRICED[-1]:,}."
@@ -585,7 +585,10 @@ def roll_out(results: dict) -> list[list[str]]:
     paired = [ours - softmax for ours, softmax in zip(losses[OURS], losses[SOFTMAX], strict=True)]
     prompts = sample_size(statistics.stdev(paired), rise)
     saved = criteria["memory_saved"]["figure"]["value"] if "memory_saved" in criteria else None
-    memory = f"; cache {saved:.3g}% smaller at {context:,} tokens" if saved is not None else ""
+    here = [f"cache {saved:.3g}% smaller at {context:,} tokens"] if saved is not None else []
+    if "latency_growth" in criteria:
+        here.append(f"{figure_text(criteria['latency_growth'])} from the shortest to the longest context")
+    watched = f" (here: {'; '.join(here)})" if here else ""
     return [
         [
             "1. shadow",
@@ -603,7 +606,7 @@ def roll_out(results: dict) -> list[list[str]]:
         ],
         [
             "3. half",
-            f"watch: time per token by context (flat here{memory}), memory of the process, loss by length of the text, tasks that "
+            f"watch: time per token by context{watched}, memory of the process, loss by length of the text, tasks that "
             "look up facts far back in it, which a state of fixed size is weakest at",
             "a week with the same figures",
             "any of the above, or users' own measure of quality falls",
