@@ -1204,6 +1204,8 @@ def digits(number: float | None) -> str:
     """Three significant ones."""
     if number is None:
         return "–"
+    if not math.isfinite(number):
+        return "not finite"
     if abs(number) < 1e-5:
         return "0"
     decimals = min(max(0, 2 - math.floor(math.log10(abs(number)))), 5)
