@@ -104,11 +104,11 @@ class VariantAttention(ConstantAttention):
         """Initial weights that are this class's own."""
         if self.config.half_life is not None and self.f_proj is not None:
             rates = self.f_proj.bias.view(-1, 1 if self.config.forget == "head" else self.num_slots)
-            half_lives = torch.tensor(self.config.half_life)
+            half_lives = rates.new_tensor(self.config.half_life)
             count = rates.shape[1] if self.config.spread == "slot" else rates.shape[0]
             if len(half_lives) != count:
                 shortest, longest = half_lives
-                half_lives = shortest * (longest / shortest) ** torch.linspace(0, 1, count)
+                half_lives = shortest * (longest / shortest) ** torch.linspace(0, 1, count, device=rates.device)
             share = math.log(2) / half_lives / self.forget_gate_bound
             bias = (share / (1 - share)).log()
             with torch.no_grad():

@@ -49,7 +49,7 @@ import yaml
 from checkpoints import load_config, load_model
 from criteria import Criterion, Figure
 from documents import load_documents, source_names
-from report_mixers import VariantConfig, VariantForCausalLM
+from mixers import VariantConfig, VariantForCausalLM
 from report_page import (
     CHUNKS,
     DECODE,
@@ -326,23 +326,21 @@ def contenders(base: ConstAttnConfig) -> dict[str, Any]:
     """The config of each, with as many parameters as `base` (±2%)."""
     target = benchmark.parameter_count(ConstAttnForCausalLM, base)
 
-    def variant(attention: str, width: int | None = None) -> VariantConfig:
-        fields = base.to_dict() | {"model_type": VariantConfig.model_type, "attention": attention}
-        if width is not None:
-            fields |= {"intermediate_size": width, "use_forget_gate": False}
-        return VariantConfig.from_dict(fields)
+    def variant(**fields: Any) -> VariantConfig:
+        return VariantConfig.from_dict(base.to_dict() | {"model_type": VariantConfig.model_type} | fields)
 
-    linear, error = benchmark.closest(
-        VariantForCausalLM, partial(variant, "elu+1"), range(8, 16 * base.hidden_size, 8), target
-    )
+    def linear(width: int) -> VariantConfig:
+        return variant(mixer="linear", intermediate_size=width)
+
+    elu, error = benchmark.closest(VariantForCausalLM, linear, range(8, 16 * base.hidden_size, 8), target)
     if error > benchmark.TOLERANCE:
         raise SystemExit(f"error: no elu+1 model of width {base.hidden_size} has about {target:,} parameters")
     return {
         OURS: base,
         SOFTMAX: benchmark.matching_llama(base, target),
-        LINEAR: linear,
-        SOFTPLUS: variant("softplus"),
-        LOG_VALUES: variant("log-values"),
+        LINEAR: elu,
+        SOFTPLUS: variant(values="softplus"),
+        LOG_VALUES: variant(values="log"),
         PAPER: matching_paper(base, target),
     }
 
@@ -387,7 +385,7 @@ def parameter_count(config: Any) -> int:
 
 
 def cost(configs: dict[str, Any], plan: Plan, settings: dict, bench: argparse.Namespace, work: Work) -> dict:
-    """Rows of benchmark.py's kind. elu+1 has its own state of sums, see report_mixers.py."""
+    """Rows of benchmark.py's kind."""
     facts = benchmark.environment(bench)
     machine = {name: facts[name] for name in ("device", "hardware", "cores", "threads", "dtype", "versions")}
     machine |= {"rounds": plan.rounds, "configs": {name: described(config) for name, config in configs.items()}}

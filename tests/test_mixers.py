@@ -2,6 +2,7 @@ import mixers
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
 
 from modeling_constattn import cache_nbytes, quadratic_attention
 
@@ -12,6 +13,7 @@ VARIANTS = [
     {"mixer": "softmax", "conv_kernel_size": 1, "use_output_norm": False, "use_output_gate": False},
     {"mixer": "linear"},
     {"values": "softplus"},
+    {"values": "log"},
     {"forget": "head"},
     {"forget": "low_rank"},
     {"forget": "static"},
@@ -91,11 +93,52 @@ def test_positive_values_scaled_and_normed_keys():
     query, key, value = random_inputs()
     for fields, inputs in (
         ({"values": "softplus"}, (query, key, F.softplus(value))),
+        ({"values": "log"}, (query, key, value.exp())),
         ({"qk_scale": [3.0]}, (3 * query, 3 * key, value)),
         ({"qk_norm": 2.0}, (*(2 * x / x.square().mean(-1, keepdim=True).sqrt() for x in (query, key)), value)),
     ):
         output, _ = mixer(**fields).attend(query, key, value, None, None, None)
+        output = output.exp() if fields.get("values") == "log" else output
         torch.testing.assert_close(output, quadratic_attention(*inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [fields for fields in VARIANTS if fields.get("mixer") != "softmax"], ids=str)
+@torch.no_grad()
+def test_token_by_token_is_the_whole_text(fields):
+    torch.manual_seed(0)
+    model = mixers.build(BASE | fields).eval()
+    for weight in model.parameters():
+        weight.add_(0.05 * torch.randn_like(weight))
+    output = model(TOKENS[:, :7], use_cache=True)
+    logits, cache = [output.logits], output.past_key_values
+    for t in range(7, 12):
+        logits.append(model(TOKENS[:, t : t + 1], past_key_values=cache, use_cache=True).logits)
+    whole = model(TOKENS[:, :12], use_cache=False).logits
+    torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{"mixer": "linear"}, {"half_life": [4, 4096], "qk_norm": 2.0}], ids=str)
+def test_a_saved_variant_comes_back(fields, tmp_path):
+    model = mixers.build(BASE | fields)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(again, mixers.VariantForCausalLM)
+    assert torch.equal(again(TOKENS, use_cache=False).logits, model(TOKENS, use_cache=False).logits)
+
+
+def test_what_the_others_cannot_do():
+    mask = torch.ones_like(TOKENS).index_fill(1, torch.tensor([0]), 0)
+    with pytest.raises(ValueError, match="mixer='linear' reads rows without padding"):
+        mixers.build(BASE | {"mixer": "linear"})(TOKENS, attention_mask=mask)
+    with pytest.raises(ValueError, match="mixer='softmax' has no cache here"):
+        mixers.build(BASE | {"mixer": "softmax"})(TOKENS, use_cache=True)
+    model = mixers.build(BASE | {"mixer": "linear"})
+    cache = model(TOKENS, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="reads a text in one call, then token by token"):
+        model(TOKENS, past_key_values=cache)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +147,8 @@ def test_positive_values_scaled_and_normed_keys():
         ({"half_life": [4, 4096]}, torch.logspace(2, 12, 16, base=2).expand(2, 16)),
         ({"half_life": [4, 4096], "spread": "head"}, torch.tensor([[4.0], [4096.0]]).expand(2, 16)),
         ({"half_life": [4, 4096], "spread": "head", "forget": "head"}, torch.tensor([[4.0], [4096.0]])),
-        ({"forget": "low_rank"}, torch.full((2, 16), 16.0)),
+        ({"half_life": [16, 16], "forget": "low_rank"}, torch.full((2, 16), 16.0)),
+        ({"forget": "low_rank"}, torch.full((2, 16), 4 * 0.6931)),  # the middle of the gate's range
     ],
     ids=str,
 )

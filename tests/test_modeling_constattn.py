@@ -414,3 +414,14 @@ def test_damaged_checkpoint_is_refused(tmp_path):
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_model("default")(**arguments)
+
+
+def test_a_new_forget_gate_starts_in_the_middle_of_its_range():
+    torch.manual_seed(0)
+    model = ConstAttnForCausalLM(
+        ConstAttnConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
+    )
+    decay = model.model.layers[0].mixer.log_decay(torch.randn(1, 50, 64))
+    assert decay.shape == (1, 2, 50, 32)
+    torch.testing.assert_close(decay.mean(), torch.tensor(-0.25), atol=5e-3, rtol=0)
+    assert decay.min() > -0.5 and decay.max() < 0

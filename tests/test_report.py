@@ -249,7 +249,8 @@ def test_contenders_have_one_size_and_are_what_they_are_called():
     counts = [report.parameter_count(config) for config in configs.values()]
     assert max(counts) / min(counts) < 1.04
     assert configs[OURS] == base and configs[PAPER].block_type == "heinsen" and configs[SOFTMAX].model_type == "llama"
-    assert [configs[name].attention for name in (LINEAR, SOFTPLUS, LOG_VALUES)] == ["elu+1", "softplus", "log-values"]
+    assert configs[LINEAR].mixer == "linear"
+    assert [configs[name].values for name in (SOFTPLUS, LOG_VALUES)] == ["softplus", "log"]
     assert [configs[name].use_forget_gate for name in (LINEAR, SOFTPLUS, LOG_VALUES)] == [False, True, True]
 
 
