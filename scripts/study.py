@@ -36,13 +36,17 @@ import recall
 import torch
 import torch.nn.functional as F
 import yaml
-from matplotlib.figure import Figure
 from python_docs import SKIPPED, is_held_out
 from staging import staged_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
+
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise SystemExit("error: the plots need matplotlib: pip install -e '.[report]'") from error
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {

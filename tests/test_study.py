@@ -3,6 +3,9 @@ import re
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("matplotlib", reason="scripts/study.py draws plots: pip install -e '.[report]'")
+
 import study
 import torch
 import yaml
