@@ -44,6 +44,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 try:
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 except ImportError as error:
     raise SystemExit("error: the plots need matplotlib: pip install -e '.[report]'") from error
@@ -107,6 +108,9 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="+", type=Path, help="YAML files")
     parser.add_argument("--output", type=Path, default=ROOT / "model_cards/reports/quality")
+    parser.add_argument(
+        "--tables", action="store_true", help="train nothing: tables and plots of the results that are there"
+    )
     parser.add_argument("--workers", type=int, default=1, help="cells at a time, which share the cores (%(default)s)")
     options = parser.parse_args(arguments)
     if options.workers < 1:
@@ -118,6 +122,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     done = {key(result["settings"]) for result in results}
     missing = [cell for cell in cells if key(cell.settings()) not in done]
     print(f"{len(cells)} cells, of which {len(cells) - len(missing)} are in {options.output / 'results.jsonl'}")
+    if options.tables:
+        missing = []
 
     options.output.mkdir(parents=True, exist_ok=True)
     failed = 0
@@ -463,9 +469,8 @@ def plot_state(rows: list[dict], image: Path) -> None:
         first = row["runs"][0]
         size = first["state_floats"] + first["state_floats_per_token"] * first["settings"]["task"]["length"]
         value = statistics.fmean(next(iter(run["test"]["accuracy"].values())) for run in row["runs"])
-        axes.plot(size, value, "o")
-        axes.annotate(row["mixer"], (size, value), fontsize=7, xytext=(4, 3), textcoords="offset points")
-    axes.set_ylim(-0.02, 1.08)
+        axes.plot(size, value, "o", label=row["mixer"])
+    axes.set_ylim(-0.02, 1.05)
     save(figure, axes, image)
 
 
@@ -482,7 +487,7 @@ def plot_lengths(rows: list[dict], image: Path) -> None:
         )
     axes.axvline(rows[0]["runs"][0]["settings"]["task"]["length"], color="gray", linestyle=":", label="trained at")
     axes.set_ylim(-0.02, 1.05)
-    save(figure, axes, image, legend=True)
+    save(figure, axes, image)
 
 
 def plot_positions(rows: list[dict], image: Path) -> None:
@@ -494,23 +499,24 @@ def plot_positions(rows: list[dict], image: Path) -> None:
         points = [(o[0]["to"], statistics.fmean(x["loss"] / x["loss_of_training_length"] for x in o)) for o in octaves]
         axes.plot(*zip(*points, strict=True), "o-", label=row["mixer"])
     axes.axhline(1.0, color="gray", linestyle=":")
-    axes.set_ylim(0.85, 1.25)
-    save(figure, axes, image, legend=True)
+    axes.set_ylim(0.95, 1.2)
+    save(figure, axes, image)
 
 
 def figure_and_axes(x: str, y: str) -> tuple[Any, Any]:
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
+    axes.set_prop_cycle(color=colormaps["tab20"].colors)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
     return figure, axes
 
 
-def save(figure: Any, axes: Any, image: Path, legend: bool = False) -> None:
-    if legend:
-        axes.legend(fontsize=7)
+def save(figure: Any, axes: Any, image: Path) -> None:
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(image, dpi=120, format="png")
 
 

@@ -82,6 +82,12 @@ def test_a_finished_cell_is_not_run_again(tmp_path: Path):
     assert "3 steps; 2 of 2 cells" in readme and "±" not in readme  # of the cells of this study alone
 
 
+def test_tables_of_what_is_there(tmp_path: Path):
+    first = run(tmp_path, small_study(mixers=["ours"]))
+    study.main([write(tmp_path, small_study()), "--output", str(tmp_path / "out"), "--tables"])
+    assert results(tmp_path) == first and "1 of 2 cells are done" in (tmp_path / "out/README.md").read_text()
+
+
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path):
     whole = run(tmp_path, small_study())
     file = tmp_path / "out/results.jsonl"
