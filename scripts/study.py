@@ -506,7 +506,7 @@ def plot_positions(rows: list[dict], image: Path) -> None:
 def figure_and_axes(x: str, y: str) -> tuple[Any, Any]:
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.set_prop_cycle(color=colormaps["tab20"].colors)
+    axes.set_prop_cycle(color=[colormaps["tab20"](i) for i in range(20)])
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.set_xlabel(x)
