@@ -79,7 +79,7 @@ def test_a_finished_cell_is_not_run_again(tmp_path: Path):
     assert more[:2] == first and [row["settings"]["seed"] for row in more] == [0, 0, 1, 1]
     assert len(run(tmp_path, small_study(task={"steps": 3}))) == 6  # another task, although it has the same name
     readme = (tmp_path / "out/README.md").read_text()
-    assert "3 steps; 2 of 2 cells" in readme and "±" not in readme  # of the cells of this study alone
+    assert "3 steps; 2 of 2 cells" in readme and "± 0" not in readme  # of the cells of this study alone
 
 
 def test_tables_of_what_is_there(tmp_path: Path):
