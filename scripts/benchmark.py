@@ -471,10 +471,9 @@ def products_alone(inputs: Inputs, backward: bool) -> None:
         for _ in range(2 if backward else 1):  # the backward pass computes the weights anew
             p_e, w_e = p.exp(), w.exp()
             P, mean = p_e @ w_e.transpose(1, 2), w_e.transpose(1, 2) @ v_c
-        if not backward:
-            (P @ v_c).baddbmm_(p_e, mean)
-            continue
         (P @ v_c).baddbmm_(p_e, mean)
+        if not backward:
+            continue
         g, g_start = dy_c @ v_c.transpose(1, 2), dy_c @ mean.transpose(1, 2)
         dmean = p_e.transpose(1, 2) @ dy_c
         (P.transpose(1, 2) @ dy_c).baddbmm_(w_e, dmean)

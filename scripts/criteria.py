@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-from train import RunLoader
+from train import read_mapping
 
 
 @dataclass(frozen=True)
@@ -72,12 +71,7 @@ def read_thresholds(
     file: Path, criteria: Mapping[str, Criterion], settings: Mapping[str, float]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The thresholds of the criteria that the file names, and the settings with what it says of them."""
-    try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader=RunLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SystemExit(f"error: criteria file '{file}' cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise SystemExit(f"error: criteria file '{file}' holds no 'name: number' lines")
+    values = read_mapping(file, "criteria", "name: number")
     known = [*criteria, *settings]
     for name, value in values.items():
         if name not in known:

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_constattn import ConstAttnConfig, ConstAttnForCausalLM, ConstAttnState, constant_attention
-from modeling_constattn.modeling_constattn import ConstantAttention
+from modeling_constattn.modeling_constattn import _MAX_LOG_VALUE, ConstantAttention, _rotate
 
 TOLERANCE = 0.02  # of parameter counts
-MAX_LOG_VALUE = 80.0  # exp(±80) stays within float32
 
 
 @strict
@@ -149,7 +148,7 @@ class VariantAttention(ConstantAttention):
         if self.config.values == "softplus":
             value = F.softplus(value)
         elif self.config.values == "log":
-            value = value.clamp(-MAX_LOG_VALUE, MAX_LOG_VALUE).exp()
+            value = value.clamp(-_MAX_LOG_VALUE, _MAX_LOG_VALUE).exp()
         if self.config.mixer == "softmax":
             query, key = rotated(query, self.config.rope_theta), rotated(key, self.config.rope_theta)
             value = value.contiguous()  # else the kernel takes O(T²) memory
@@ -204,6 +203,11 @@ def config_of(fields: dict[str, Any]) -> Any:
     return (VariantConfig if fields.keys() & OWN_FIELDS else ConstAttnConfig)(**fields)
 
 
+def parameter_count(config: Any) -> int:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
 def build(fields: dict[str, Any], parameters: int | None = None) -> Any:
     """A model of these fields, its MLP as wide as brings it closest to so many `parameters`.
 
@@ -211,14 +215,8 @@ def build(fields: dict[str, Any], parameters: int | None = None) -> Any:
         ValueError: a field is unknown, or no width brings it within 2%.
     """
     if parameters is not None and config_of(fields).block_type == "default":
-
-        def count(width: int) -> int:
-            with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(
-                    config_of(fields | {"intermediate_size": width})
-                ).num_parameters()
-
-        least, more = count(4), count(8)  # a straight line
+        # a straight line
+        least, more = (parameter_count(config_of(fields | {"intermediate_size": width})) for width in (4, 8))
         fields = fields | {"intermediate_size": 4 * max(1, 1 + round((parameters - least) / (more - least)))}
     model = AutoModelForCausalLM.from_config(config_of(fields))
     if parameters is not None and abs(model.num_parameters() / parameters - 1) > TOLERANCE:
@@ -227,13 +225,11 @@ def build(fields: dict[str, Any], parameters: int | None = None) -> Any:
 
 
 def rotated(x: Tensor, theta: float) -> Tensor:
-    """Rotary positions from 0 on, [B,H,T,K]; the two halves of the features are the rotated pairs."""
+    """Rotary positions from 0 on, [B,H,T,K]."""
     T, K = x.shape[-2:]
     frequencies = theta ** (-torch.arange(0, K, 2, device=x.device) / K)
     angles = torch.arange(T, device=x.device)[:, None] * frequencies  # [T,K/2]
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return _rotate(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, chunk_size: int = 64) -> Tensor:

@@ -55,7 +55,10 @@ def main(arguments: list[str] | None = None) -> None:
     splits: dict[str, list[dict[str, Any]]] = {
         f"{kind}{split}": [] for kind in ("", "chats_", "packages_") for split in ("train", "heldout")
     }
-    for path, texts in modules(Path(sysconfig.get_path("stdlib"))):
+    for path, source in sources(Path(sysconfig.get_path("stdlib"))):
+        texts = docstrings(source)
+        if not texts:
+            continue
         split = "heldout" if is_held_out(path) else "train"
         splits[split].append({"name": path, "text": "\n\n".join(texts)})
         splits[f"chats_{split}"] += [
@@ -80,13 +83,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{file}: {len(documents):,} documents, {file.stat().st_size:,} bytes")
 
 
-def modules(library: Path) -> Iterator[tuple[str, list[str]]]:
+def sources(library: Path) -> Iterator[tuple[str, bytes]]:
+    """Path within the library and content of its modules."""
     for file in sorted(library.rglob("*.py")):
         path = file.relative_to(library)
         if SKIPPED.isdisjoint(path.parts[:-1]):
-            texts = docstrings(file.read_bytes())
-            if texts:
-                yield path.as_posix(), texts
+            yield path.as_posix(), file.read_bytes()
 
 
 def docstrings(source: bytes) -> list[str]:

@@ -49,7 +49,7 @@ import yaml
 from checkpoints import load_config, load_model
 from criteria import Criterion, Figure
 from documents import load_documents, source_names
-from mixers import VariantConfig, VariantForCausalLM
+from mixers import VariantConfig, VariantForCausalLM, parameter_count
 from report_page import (
     CHUNKS,
     DECODE,
@@ -374,11 +374,6 @@ def new_model(config: Any, device: str, dtype: str) -> Any:
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype)).eval()
-
-
-def parameter_count(config: Any) -> int:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
 # ------------------------------------------------------------------------------------------------------------------ cost

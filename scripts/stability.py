@@ -18,6 +18,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from study import losses
 from torch import Tensor
 
 import modeling_constattn.modeling_constattn as modeling
@@ -284,13 +285,7 @@ def approximation_errors(lengths: Sequence[int], seeds: int, device: str) -> lis
 @torch.no_grad()
 def block_losses(model: Any, blocks: Sequence[dict], batch: int = 16) -> list[float]:
     """The mean loss of each block of tokens, in nats per token."""
-    losses: list[float] = []
-    for first in range(0, len(blocks), batch):
-        tokens = torch.tensor([block["input_ids"] for block in blocks[first : first + batch]], device=model.device)
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-        losses += loss.mean(1).tolist()
-    return losses
+    return losses(model, torch.tensor([block["input_ids"] for block in blocks]), batch).mean(1).tolist()
 
 
 def approximated_losses(model: Any, blocks: Sequence[dict]) -> Iterator[tuple[str, list[float]]]:

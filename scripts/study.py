@@ -6,7 +6,7 @@
 
 A study file names tasks, mixers (scripts/mixers.py) and the grid of both, with seeds and learning rates. Every cell of the
 grid is one training; its result is one line of results.jsonl in --output, and a cell that has one with the same settings is
-not run again: a run that is stopped loses the cells it was at. Then README.md and the plots are made anew from all results.
+not run again: a run that is stopped loses the cells it was at. Then README.md and the plots are made anew, of the studies named.
 
 Equal terms: the MLP's width makes the parameters of all models of a task equal (±2%) where the task does not say
 otherwise; with one seed, all see the same tokens in the same order. For each mixer the learning rate is taken that is best on
@@ -36,7 +36,7 @@ import recall
 import torch
 import torch.nn.functional as F
 import yaml
-from python_docs import SKIPPED, is_held_out
+from python_docs import is_held_out, sources
 from staging import staged_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -69,7 +69,7 @@ class Task:
         options: of the task, for example {pairs: 8, vocabulary: 512}.
         length, batch, steps: of the training.
         rows: that are scored, of each split.
-        test_lengths: lengths that the test split is scored at; of "text", how far its loss is followed by position.
+        test_lengths: lengths that the test split is scored at; of "text", the longest is how far its loss is followed.
         equal_parameters: whether the MLP's width makes all models as large as `model` with the product's own mixer.
     """
 
@@ -218,8 +218,7 @@ def run(cell: Cell) -> dict[str, Any]:
     """Trains and scores one cell; what is random depends on its seed alone."""
     task, began = cell.task, time.perf_counter()
     fields = task.model | cell.mixer
-    set_seed(cell.seed)
-    target = mixers.build(task.model).num_parameters() if task.equal_parameters else None
+    target = mixers.parameter_count(mixers.config_of(task.model)) if task.equal_parameters else None
     set_seed(cell.seed)
     model = mixers.build(fields, target)
     train(model, cell)
@@ -276,14 +275,12 @@ def source_text(split: str) -> Tensor:
     """The bytes of this Python's standard library; of every twelve files one is held out, in halves for the two splits."""
     library = Path(sysconfig.get_path("stdlib"))
     texts, held_out = [], 0
-    for file in sorted(library.rglob("*.py")):
-        path = file.relative_to(library)
-        if SKIPPED.isdisjoint(path.parts[:-1]):
-            own = "train"
-            if is_held_out(path.as_posix()):
-                own, held_out = ("validation", "test")[held_out % 2], held_out + 1
-            if own == split:
-                texts.append(file.read_bytes())
+    for path, source in sources(library):
+        own = "train"
+        if is_held_out(path):
+            own, held_out = ("validation", "test")[held_out % 2], held_out + 1
+        if own == split:
+            texts.append(source)
     return torch.frombuffer(bytearray(b"\0".join(texts)), dtype=torch.uint8)
 
 
@@ -295,9 +292,8 @@ def score(model: Any, task: Task, split: str) -> dict[str, Any]:
         tokens, _ = make_rows(task, split, task.rows, task.length, seed)
         loss = losses(model, tokens, task.batch).mean().item()
         scores: dict[str, Any] = {"loss": loss if math.isfinite(loss) else None}  # None: the training diverged
-        if split == "test":
-            for length in task.test_lengths:
-                scores["by_position"] = by_position(model, task, length, seed)
+        if split == "test" and task.test_lengths:
+            scores["by_position"] = by_position(model, task, max(task.test_lengths), seed)
         return scores
     accuracy = {}
     for length in (task.length,) if split == "validation" else (task.test_lengths or (task.length,)):

@@ -212,13 +212,19 @@ RunLoader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+01234
 RunLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|false)$"), list("tf"))
 
 
-def read_run(file: Path, overrides: list[str]) -> Run:
+def read_mapping(file: Path, kind: str, lines: str = "key: value") -> dict:
+    """A YAML file's mapping; `kind` of file and form of its `lines` are what errors say."""
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), Loader=RunLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SystemExit(f"error: run file '{file}' cannot be read: {error}") from error
+        raise SystemExit(f"error: {kind} file '{file}' cannot be read: {error}") from error
     if not isinstance(values, dict):
-        raise SystemExit(f"error: run file '{file}' holds no 'key: value' lines")
+        raise SystemExit(f"error: {kind} file '{file}' holds no '{lines}' lines")
+    return values
+
+
+def read_run(file: Path, overrides: list[str]) -> Run:
+    values = read_mapping(file, "run")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
