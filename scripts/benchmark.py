@@ -1231,8 +1231,8 @@ COLOURS = {
     LLAMA_COMPILED: "#5fb0e5",
     **dict.fromkeys((LINEAR, MAMBA), "#2e8b57"),
     SCAN: "#8a8a8a",
-    **dict.fromkeys((READING, PRODUCTS), "#8a8a8a"),
-    PROJECTING: "#b9a16b",
+    READING: "#8a8a8a",
+    **dict.fromkeys((PRODUCTS, PROJECTING), "#b9a16b"),
     GLA: "#b8860b",
     LIGHTNET: "#00868b",
 }
@@ -1265,21 +1265,24 @@ def plot_panel(axis: Any, view: View, results: Results, quantity: str, factor: f
     for name, points in curves.items():
         width, order = (3.5, 2) if name == view.ours else (1.3, 3)  # a thin line on a thick one: both are seen
         sizes = [size * factor for size in points.values()]
-        axis.plot(
-            list(points), sizes, "o-", label=name, color=COLOURS[name], linewidth=width, markersize=4, zorder=order
-        )
+        style = {"linestyle": "--" if name in BOUNDS else "-", "linewidth": width, "marker": "o", "markersize": 4}
+        axis.plot(list(points), sizes, label=name, color=COLOURS[name], zorder=order, **style)
     if quantity == view.quantity:
         ratios = results.ratios(view.command, view.group, view.ours, view.peer)
     else:
         ours, peer = curves[view.ours], curves[view.peer]
         ratios = {length: peer[length] / ours[length] for length in ours if length in peer}
+    lengths = sorted({length for points in curves.values() for length in points})
     if (crossing := crossover(ratios)) is not None:
         axis.axvline(crossing, color="#555555", linestyle=":", linewidth=1.2)
-        text = f" ahead of {view.peer}\n from T ≈ {crossing:,.0f}"
-        axis.annotate(text, (crossing, 0.98), xycoords=("data", "axes fraction"), fontsize=8, va="top", color="#333333")
+        side = (
+            "left" if crossing**2 < lengths[0] * lengths[-1] else "right"
+        )  # of the text, which stays within the panel
+        text = f" ahead of {view.peer} \n from T ≈ {crossing:,.0f} "
+        where = {"xycoords": ("data", "axes fraction"), "ha": side, "va": "top"}
+        axis.annotate(text, (crossing, 0.98), fontsize=8, color="#333333", **where)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    lengths = sorted({length for points in curves.values() for length in points})
     axis.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=45, ha="right", fontsize=8)
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
