@@ -32,14 +32,22 @@ class VariantConfig(ConstAttnConfig):
             (arXiv 2006.16236). The latter two have no forget gate.
         values: "signed"; "softplus" makes them positive; "log" takes them for logarithms, and passes the output's on.
         forget: "slot" as the product does; "head", one rate for all slots of a head; "low_rank", by way of 16 features;
-            "static", a learned rate that does not look at the data.
+            "static", a learned rate that does not look at the data; "overwrite", a slot forgets as much as it is written:
+            with w = (1 − e^−forget_gate_bound)·sigmoid(key + bias), of normed keys softmax, the mean becomes
+            (1 − w)·mean + w·value.
         half_life: tokens after which a new gate has forgotten half: [shortest, longest], spread evenly in the logarithm, or all.
-        spread: over the "slot"s of every head, or over the "head"s, each of one half-life.
+        spread: over the "slot"s of every head; over the "head"s, each of one half-life; "layer" gives the half-lives to the
+            layers in turn.
+        forget_scale: factor on the logits of the forget gate, which thereby leaves its start sooner.
         signed_read: the difference of two reads of one state, the second with a learned weight.
         share_qk: all heads read and write by the same query and key.
-        qk_scale: factor on query and key, after the convolution: one for all heads, or for each.
+        qk_scale: factor on query and key, after the convolution: one for all, or one for each head; with the spread "layer"
+            they go to the layers in turn.
         qk_norm: query and key have this root mean square to start with, by an RMSNorm over the slots with a learned gain.
-        tied_start: the projection of the queries starts as that of the keys: a token first looks for its like.
+        key_softmax: the keys are normed, by a log-softmax over the slots: each token writes a mass of one.
+        induction_heads: so many heads, the last ones, start as induction heads: a token's query looks, by the projection that
+            keys have, for a key that was made of the token before: the value read is what followed the token's like.
+        induction_scale: taps of their convolution that query and key start with; the larger, the more alike.
     """
 
     model_type = "constattn_variant"
@@ -49,21 +57,26 @@ class VariantConfig(ConstAttnConfig):
     forget: str = "slot"
     half_life: list[float | int] | None = None
     spread: str = "slot"
+    forget_scale: float | int = 1
     signed_read: bool = False
     share_qk: bool = False
     qk_scale: list[float | int] = dataclasses.field(default_factory=lambda: [1])
     qk_norm: float | int | None = None
-    tied_start: bool = False
+    key_softmax: bool = False
+    induction_heads: int = 0
+    induction_scale: float | int = 8
 
     def validate_variant(self):
         for field, known in (
             ("mixer", ("constant", "softmax", "linear")),
             ("values", ("signed", "softplus", "log")),
-            ("forget", ("slot", "head", "low_rank", "static")),
-            ("spread", ("slot", "head")),
+            ("forget", ("slot", "head", "low_rank", "static", "overwrite")),
+            ("spread", ("slot", "head", "layer")),
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field}={getattr(self, field)!r} is unknown; use one of {', '.join(known)}")
+        if self.induction_heads and (self.conv_kernel_size < 2 or self.signed_read):
+            raise ValueError("induction_heads need conv_kernel_size of 2 at least, and one query for each key")
         if self.block_type == "heinsen":
             raise ValueError("block_type='heinsen' is the paper's own block, without variants")
 
@@ -87,7 +100,9 @@ class VariantAttention(ConstantAttention):
         self.q_proj, self.k_proj = (nn.Linear(hidden, width, bias=False) for width in widths[:2])
         if self.conv is not None:
             self.conv = type(self.conv)(widths, config.conv_kernel_size, config.is_causal)
-        if self.f_proj is not None and config.mixer != "constant":
+        if config.forget == "overwrite":
+            self.write_bias = nn.Parameter(torch.zeros(heads * slots))
+        if self.f_proj is not None and (config.mixer != "constant" or config.forget == "overwrite"):
             self.f_proj = None  # type: ignore[assignment]
         elif self.f_proj is not None:
             rates = heads if config.forget == "head" else heads * slots
@@ -101,23 +116,36 @@ class VariantAttention(ConstantAttention):
 
     def start(self) -> None:
         """Initial weights that are this class's own."""
-        if self.config.half_life is not None and self.f_proj is not None:
-            rates = self.f_proj.bias.view(-1, 1 if self.config.forget == "head" else self.num_slots)
+        overwrites, spread = self.config.forget == "overwrite", self.config.spread
+        if self.config.half_life is not None and (overwrites or self.f_proj is not None):
+            rates = self.write_bias if overwrites else self.f_proj.bias
+            rates = rates.view(-1, 1 if self.config.forget == "head" else self.num_slots)
             half_lives = rates.new_tensor(self.config.half_life)
-            count = rates.shape[1] if self.config.spread == "slot" else rates.shape[0]
+            count = {"slot": rates.shape[1], "head": rates.shape[0], "layer": len(half_lives)}[spread]
             if len(half_lives) != count:
                 shortest, longest = half_lives
                 half_lives = shortest * (longest / shortest) ** torch.linspace(0, 1, count, device=rates.device)
-            share = math.log(2) / half_lives / self.forget_gate_bound
-            bias = (share / (1 - share)).log()
+            log_decay = -math.log(2) / half_lives
+            share = (
+                log_decay.expm1() / math.expm1(-self.forget_gate_bound)
+                if overwrites
+                else -log_decay / self.forget_gate_bound
+            )
+            bias = (share / (1 - share)).log() / (1 if overwrites else self.config.forget_scale)
             with torch.no_grad():
-                rates.copy_(bias if self.config.spread == "slot" else bias[:, None])
-        if self.config.tied_start:
+                rates.copy_({"slot": bias, "head": bias[:, None], "layer": bias[self.layer_idx % len(bias)]}[spread])
+        if heads := self.config.induction_heads:
+            rows = heads * self.num_slots
             with torch.no_grad():
-                self.q_proj.weight.copy_(self.k_proj.weight)
-                if self.conv is not None:
-                    query, key = self.conv.weight.split(self.conv.widths)[:2]
-                    query.copy_(key)
+                self.q_proj.weight[-rows:] = self.k_proj.weight[-rows:]
+                query, key, value = self.conv.weight.split(self.conv.widths)  # [width,L], the last tap the token's own
+                for taps, lag, size in (
+                    (query[-rows:], 0, self.config.induction_scale),
+                    (key[-rows:], 1, self.config.induction_scale),
+                    (value[-heads * self.head_dim :], 0, 1.0),
+                ):
+                    taps.zero_()
+                    taps[:, -1 - lag] = size
         if self.config.qk_norm is not None:
             nn.init.constant_(self.q_norm.weight, self.config.qk_norm)
             nn.init.constant_(self.k_norm.weight, self.config.qk_norm)
@@ -136,12 +164,14 @@ class VariantAttention(ConstantAttention):
             hidden_states = torch.zeros_like(hidden_states)  # the bias is left
         elif self.config.forget == "low_rank":
             hidden_states = self.f_down(hidden_states)
-        log_decay = -self.forget_gate_bound * self.f_proj(hidden_states).float().sigmoid()
+        log_decay = -self.forget_gate_bound * (self.config.forget_scale * self.f_proj(hidden_states).float()).sigmoid()
         return log_decay.unflatten(-1, (-1, 1 if self.config.forget == "head" else self.num_slots)).transpose(1, 2)
 
     def attend(self, query, key, value, state, log_decay, key_mask):
         B, H, T, _ = value.shape
         scale = query.new_tensor(self.config.qk_scale)[:, None, None]
+        if self.config.spread == "layer" and len(scale) > 1:
+            scale = scale[self.layer_idx % len(scale)]
         query, key = query * scale, key * scale
         if self.config.qk_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -157,6 +187,14 @@ class VariantAttention(ConstantAttention):
             return linear_attention_with_state(query, key, value, state)
         if self.config.share_qk:
             value = value.transpose(1, 2).reshape(B, 1, T, -1)  # one head, whose values are those of all
+
+        if self.config.forget == "overwrite":
+            key = key.float() + self.write_bias.float().view(-1, 1, self.num_slots)
+            key = key.log_softmax(-1) if self.config.key_softmax else F.logsigmoid(key)
+            own_decay = torch.log1p(math.expm1(-self.forget_gate_bound) * key.exp())
+            log_decay = own_decay if log_decay is None else own_decay + log_decay
+        elif self.config.key_softmax:
+            key = key.float().log_softmax(-1)
 
         def read(query: Tensor) -> tuple[Tensor, ConstAttnState]:
             return constant_attention(query, key, value, state, log_decay=log_decay, key_mask=key_mask)

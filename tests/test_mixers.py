@@ -17,12 +17,14 @@ VARIANTS = [
     {"forget": "head"},
     {"forget": "low_rank"},
     {"forget": "static"},
+    {"forget": "overwrite", "half_life": [4, 4096]},
     {"signed_read": True},
     {"share_qk": True},
     {"share_qk": True, "signed_read": True, "forget": "head"},
     {"half_life": [4, 4096]},
     {"qk_scale": [1.0, 4.0]},
     {"qk_norm": 2.0},
+    {"key_softmax": True, "induction_heads": 1},
     {"num_slots": 32},
 ]
 TOKENS = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -95,11 +97,48 @@ def test_positive_values_scaled_and_normed_keys():
         ({"values": "softplus"}, (query, key, F.softplus(value))),
         ({"values": "log"}, (query, key, value.exp())),
         ({"qk_scale": [3.0]}, (3 * query, 3 * key, value)),
+        ({"key_softmax": True}, (query, key.log_softmax(-1), value)),
         ({"qk_norm": 2.0}, (*(2 * x / x.square().mean(-1, keepdim=True).sqrt() for x in (query, key)), value)),
     ):
         output, _ = mixer(**fields).attend(query, key, value, None, None, None)
         output = output.exp() if fields.get("values") == "log" else output
         torch.testing.assert_close(output, quadratic_attention(*inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_an_induction_head_starts_by_reading_what_followed_the_like(monkeypatch):
+    fields = {"induction_heads": 1, "induction_scale": 60, "key_softmax": True, "use_forget_gate": False, "num_slots": 32}
+    hits = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        layer = mixers.build(BASE | fields).model.layers[0].mixer
+        hidden = F.normalize(torch.randn(1, 12, 32), dim=-1) * 32**0.5
+        hidden[:, 9] = hidden[:, 4]
+        attend, seen = layer.attend, {}
+
+        def watched(query, key, value, *rest, attend=attend, seen=seen):
+            output, state = attend(query, key, value, *rest)
+            seen.update(value=value[0, -1], output=output[0, -1])
+            return output, state
+
+        monkeypatch.setattr(layer, "attend", watched)
+        layer(hidden, None, None, None)
+        hits += int((seen["value"][:10] - seen["output"][9]).norm(dim=-1).argmin() == 5)
+    assert hits >= 14  # by chance 2
+
+
+def test_overwriting_moves_a_slots_mean_by_what_is_written():
+    query, key, value = random_inputs()
+    layer = mixer(forget="overwrite", qk_scale=[2.0], half_life=[3, 60])
+    output, state = layer.attend(query, key, value, None, None, None)
+    share = -torch.expm1(torch.tensor(-0.5)) * (2 * key + layer.write_bias.view(2, 1, 16)).sigmoid()  # [B,H,T,K]
+    mean, mass, expected = torch.zeros(2, 2, 16, 16), torch.zeros(2, 2, 16), []
+    for t in range(30):
+        mass = (1 - share[:, :, t]) * mass + share[:, :, t]  # 1 once the slots are full
+        mean = mean + (share[:, :, t] / mass)[..., None] * (value[:, :, t, None] - mean)
+        weights = (2 * query[:, :, t]).exp() * mass
+        expected.append((weights[..., None] * mean).sum(2) / weights.sum(2)[..., None])
+    torch.testing.assert_close(output, torch.stack(expected, 2), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(state.mean, mean, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("fields", [fields for fields in VARIANTS if fields.get("mixer") != "softmax"], ids=str)
@@ -148,6 +187,8 @@ def test_what_the_others_cannot_do():
         ({"half_life": [4, 4096], "spread": "head"}, torch.tensor([[4.0], [4096.0]]).expand(2, 16)),
         ({"half_life": [4, 4096], "spread": "head", "forget": "head"}, torch.tensor([[4.0], [4096.0]])),
         ({"half_life": [16, 16], "forget": "low_rank"}, torch.full((2, 16), 16.0)),
+        ({"half_life": [16, 16], "forget_scale": 8}, torch.full((2, 16), 16.0)),
+        ({"half_life": [4, 16], "spread": "layer"}, torch.full((2, 16), 4.0)),  # the first layer's
         ({"forget": "low_rank"}, torch.full((2, 16), 4 * 0.6931)),  # the middle of the gate's range
     ],
     ids=str,
