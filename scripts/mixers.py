@@ -75,7 +75,7 @@ class VariantConfig(ConstAttnConfig):
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field}={getattr(self, field)!r} is unknown; use one of {', '.join(known)}")
-        if self.induction_heads and (self.conv_kernel_size < 2 or self.signed_read):
+        if self.induction_heads and (self.conv_kernel_size == 1 or self.signed_read):
             raise ValueError("induction_heads need conv_kernel_size of 2 at least, and one query for each key")
         if self.block_type == "heinsen":
             raise ValueError("block_type='heinsen' is the paper's own block, without variants")
@@ -118,8 +118,8 @@ class VariantAttention(ConstantAttention):
         """Initial weights that are this class's own."""
         overwrites, spread = self.config.forget == "overwrite", self.config.spread
         if self.config.half_life is not None and (overwrites or self.f_proj is not None):
-            rates = self.write_bias if overwrites else self.f_proj.bias
-            rates = rates.view(-1, 1 if self.config.forget == "head" else self.num_slots)
+            biases = self.write_bias if overwrites else self.f_proj.bias
+            rates = biases.view(-1, 1 if self.config.forget == "head" else self.num_slots)
             half_lives = rates.new_tensor(self.config.half_life)
             count = {"slot": rates.shape[1], "head": rates.shape[0], "layer": len(half_lives)}[spread]
             if len(half_lives) != count:

@@ -117,7 +117,9 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         parser.error(f"--workers {options.workers}: at least 1")
 
     studies = [(file, read_study(file)) for file in options.studies]
-    cells = list({key(cell.settings()): cell for _, own in studies for cell in own}.values())
+    cells = list(
+        {key(cell.settings()): cell for _, own in studies for cell in own}.values()
+    )  # a cell may be of several
     results = read_results(options.output)
     done = {key(result["settings"]) for result in results}
     missing = [cell for cell in cells if key(cell.settings()) not in done]
@@ -189,7 +191,7 @@ def read_study(file: Path) -> list[Cell]:
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         what = f"'{error.args[0]}' is missing" if isinstance(error, KeyError) else error
         raise SystemExit(f"error: {file}: {what}") from error
-    return cells
+    return list({key(cell.settings()): cell for cell in cells}.values())  # blocks may overlap
 
 
 def read_task(name: str, fields: dict[str, Any]) -> Task:
@@ -428,7 +430,6 @@ def table(task: Task, rows: list[dict]) -> list[str]:
             columns[name] = lambda run: (
                 run["test"]["by_position"][-1]["loss"] / run["test"]["by_position"][-1]["loss_of_training_length"]
             )
-        rows = sorted(rows, key=lambda row: statistics.fmean(cost(run["test"]) for run in row["runs"]))
     else:
         columns = {
             f"right at {int(length):,}": partial(accuracy_at, length=length)
@@ -438,7 +439,7 @@ def table(task: Task, rows: list[dict]) -> list[str]:
         f"| mixer | {' | '.join(columns)} | parameters | state | learning rate | seeds | s a run |",
         f"| --- |{' ---: |' * (len(columns) + 5)}",
     ]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: statistics.fmean(cost(run["test"]) for run in row["runs"])):
         first, rates = row["runs"][0], row["rates"]
         state = f"{first['state_floats']:,}"
         if first["state_floats_per_token"]:

@@ -106,7 +106,13 @@ def test_positive_values_scaled_and_normed_keys():
 
 
 def test_an_induction_head_starts_by_reading_what_followed_the_like(monkeypatch):
-    fields = {"induction_heads": 1, "induction_scale": 60, "key_softmax": True, "use_forget_gate": False, "num_slots": 32}
+    fields = {
+        "induction_heads": 1,
+        "induction_scale": 60,
+        "key_softmax": True,
+        "use_forget_gate": False,
+        "num_slots": 32,
+    }
     hits = 0
     for seed in range(20):
         torch.manual_seed(seed)
