@@ -1275,9 +1275,8 @@ def plot_panel(axis: Any, view: View, results: Results, quantity: str, factor: f
     lengths = sorted({length for points in curves.values() for length in points})
     if (crossing := crossover(ratios)) is not None:
         axis.axvline(crossing, color="#555555", linestyle=":", linewidth=1.2)
-        side = (
-            "left" if crossing**2 < lengths[0] * lengths[-1] else "right"
-        )  # of the text, which stays within the panel
+        # the text lies on the side with more room
+        side = "left" if crossing**2 < lengths[0] * lengths[-1] else "right"
         text = f" ahead of {view.peer} \n from T ≈ {crossing:,.0f} "
         where = {"xycoords": ("data", "axes fraction"), "ha": side, "va": "top"}
         axis.annotate(text, (crossing, 0.98), fontsize=8, color="#333333", **where)

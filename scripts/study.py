@@ -25,7 +25,7 @@ import statistics
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -104,6 +104,11 @@ def key(settings: dict[str, Any]) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
+def distinct(cells: Iterable[Cell]) -> list[Cell]:
+    """Each training once, though studies, and blocks of one grid, may share some."""
+    return list({key(cell.settings()): cell for cell in cells}.values())
+
+
 def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="+", type=Path, help="YAML files")
@@ -117,9 +122,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         parser.error(f"--workers {options.workers}: at least 1")
 
     studies = [(file, read_study(file)) for file in options.studies]
-    cells = list(
-        {key(cell.settings()): cell for _, own in studies for cell in own}.values()
-    )  # a cell may be of several
+    cells = distinct(cell for _, own in studies for cell in own)
     results = read_results(options.output)
     done = {key(result["settings"]) for result in results}
     missing = [cell for cell in cells if key(cell.settings()) not in done]
@@ -191,7 +194,7 @@ def read_study(file: Path) -> list[Cell]:
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         what = f"'{error.args[0]}' is missing" if isinstance(error, KeyError) else error
         raise SystemExit(f"error: {file}: {what}") from error
-    return list({key(cell.settings()): cell for cell in cells}.values())  # blocks may overlap
+    return distinct(cells)
 
 
 def read_task(name: str, fields: dict[str, Any]) -> Task:
