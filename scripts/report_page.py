@@ -131,13 +131,15 @@ def cost_chapter(results: dict) -> Chapter:
     sizes = series(cost["cache"], "bytes")
     steps = series([row for row in cost["training step"] if row["group"] == STEP], "median")
     peaks = series([row for row in cost["training step"] if row["group"] == STEP], "peak_bytes")
-    a, b, residual = straight_line(times[SOFTMAX])
+    slope, longest = last_slope(times[SOFTMAX]), max(times[SOFTMAX])
     constant = {name: statistics.median(times[name].values()) for name in (OURS, LINEAR)}
 
     def seconds(name: str, context: float) -> float:
-        return a + b * context if name == SOFTMAX else constant[name]
+        if name != SOFTMAX:
+            return constant[name]
+        between = np.interp(context, list(times[SOFTMAX]), list(times[SOFTMAX].values()))
+        return float(between) + slope * max(0, context - longest)
 
-    longest = max(times[SOFTMAX])
     beyond = np.geomspace(longest, max(longest, PRICED[-1]), 30).tolist()
     extended = {SOFTMAX: {T: 1e3 * seconds(SOFTMAX, T) for T in beyond}}
     price = results["price_per_hour"]
@@ -147,7 +149,7 @@ def cost_chapter(results: dict) -> Chapter:
         + ([digits(seconds(name, context) * MILLION / 3600 * price) for name in names] if price else [])
         for context in PRICED
     ]
-    bytes_per_token = straight_line(sizes[SOFTMAX])[1]
+    bytes_per_token = last_slope(sizes[SOFTMAX])
     blocks: list[Paragraph | Table | Plot] = [
         Paragraph(
             "Models of equal size with random weights generate one token after contexts of many lengths, in turns; times are "
@@ -159,10 +161,10 @@ def cost_chapter(results: dict) -> Chapter:
         amounts("Cache, MB", "context", sizes, names, 1e-6),
         plot("cost-cache", "Cache", "tokens of context", "MB", scaled(sizes, 1e-6)),
         Paragraph(
-            f"Cost of a million generated tokens at a given context. The model: softmax takes a + b·T seconds a token, "
-            f"fitted by least squares of relative errors to the times above, a = {digits(a * 1e3)} ms, b = {digits(b * 1e9)} ns "
-            f"(largest deviation {100 * residual:.0f}%); ConstAttn and elu+1 take the median over all contexts, at every "
-            f"length. Measured up to {longest:,} tokens. The cache of softmax grows by {bytes_per_token:,.0f} bytes a token: "
+            f"Cost of a million generated tokens at a given context. The model: the time of softmax goes in straight lines from "
+            f"one measured context to the next, and beyond {longest:,} tokens on as between the longest two, by "
+            f"{digits(slope * 1e9)} ns for each token of context; ConstAttn and elu+1 take the median over all contexts, at every "
+            f"length. The cache of softmax grows by {bytes_per_token:,.0f} bytes a token: "
             f"{bytes_per_token * PRICED[-1] / 1e9:.3g} GB at {PRICED[-1]:,}."
         ),
         Table(
@@ -204,11 +206,10 @@ def scaled(curves: Series, factor: float) -> Series:
     return {name: {x: factor * y for x, y in points.items()} for name, points in curves.items()}
 
 
-def straight_line(points: dict[float, float]) -> tuple[float, float, float]:
-    """a, b of y = a + b·x by least squares of relative errors, and the largest relative error."""
-    x, y = np.array(list(points)), np.array(list(points.values()))
-    b, a = np.polyfit(x, y, 1, w=1 / y)
-    return float(a), float(b), float(np.abs((a + b * x) / y - 1).max())
+def last_slope(points: dict[float, float]) -> float:
+    """Of the straight line through the longest two."""
+    (x, y), (x_last, y_last) = sorted(points.items())[-2:]
+    return (y_last - y) / (x_last - x)
 
 
 def crossing(rows: list[dict], ours: str, peer: str, what: str) -> str:
