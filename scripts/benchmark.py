@@ -1059,6 +1059,10 @@ class View:
     axis: str = "tokens (T)"
 
     @property
+    def note(self) -> str:
+        return NOTES.get((self.command, self.group), "")
+
+    @property
     def file(self) -> str:
         return f"{self.command}-{re.sub('[^a-z]+', '-', self.group)}.png"
 
@@ -1090,6 +1094,42 @@ VIEWS = (
     View("memory", KEPT_LAYER, "Kept for backward by a whole layer", MODEL, LLAMA, "bytes", "MB", 1e-6),
 )
 
+NOTES = {  # (subcommand, group) → what bounds it, and what was tried
+    ("op", FORWARD): (
+        "What bounds it on a CPU: four products and two exponentials a chunk, the last column. They make half of the "
+        "time; the rest is that their operands come from memory, not from the cache, and pages that the system hands out "
+        "for results. Forgetting adds sums of the log decays and scales every number of query and key; such passes weigh "
+        "much because the rest weighs so little. torch.compile has nothing to fuse: the attention is one custom operator. "
+        "Tried, and kept: exponents in float32 against the maxima of rows and chunks (a third to a half of the time that "
+        "float64 took), and segments of chunks that fit the cache. Smaller segments take less memory, and more time."
+    ),
+    ("op", BACKWARD): (
+        "What bounds it on a CPU: the weights of each chunk, computed once more, and the products, the last column: again "
+        "about half of the time. Keeping the weights from the forward pass would save a part, at the price of the memory "
+        "that is kept."
+    ),
+    ("prefill", PREFILL): (
+        "In pieces, whose activations stay small, a long prompt is read faster than in one call: so do `generate.py` and "
+        "`prefix.py`."
+    ),
+    ("decode", TOKEN): (
+        "What bounds it on a CPU: every weight is read once for a token, and the matrix–vector products of the BLAS "
+        "library read them at a third of the memory's bandwidth, the last two columns. What is left for all else is next "
+        "to nothing compiled; in eager mode it is the overhead of some 150 operators a layer. So other products alone "
+        "would bring it nearer to the bandwidth. Tried: the convolution of one token as a sum (a tenth of its time, "
+        "kept); inductor's max_autotune with its C++ templates, and freezing (no change); transposed weights (faster for "
+        "wide matrices only). Not done: own products in place of nn.Linear, which LoRA and quantisers rely on; one "
+        "projection for query, key, value and gates, which would rename what checkpoints and adapters name; a state that "
+        "is updated in place, whose copies are a fiftieth of a step."
+    ),
+    ("train", STEP): (
+        "What bounds it on a CPU: at these lengths the attention is less than a tenth of a step, and faster than Llama's "
+        "(forward + backward, above, times the layers). The products of the projections are as many as the parameters, as "
+        "in Llama. What is left are passes over activations, forward and backward: convolution, norm and two gates in "
+        "each block."
+    ),
+}
+
 
 def report(results: Results, folder: Path) -> None:
     """Writes the plots and README.md."""
@@ -1099,6 +1139,8 @@ def report(results: Results, folder: Path) -> None:
     for view in VIEWS:
         if results.rows(view.command, view.group):
             parts += ["", f"## {view.title}", "", *section(view, results)]
+            if view.note:
+                parts += ["", view.note]
             if view.peer:
                 with staged_file(folder / view.file) as file:
                     plot(view, results, file)

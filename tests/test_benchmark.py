@@ -116,11 +116,13 @@ def test_the_report(output: Path, results: benchmark.Results):
     text = (output / "README.md").read_text()
     for view in benchmark.VIEWS:
         assert f"## {view.title}" in text
+        assert view.note in text
         for contender in view.contenders(results):
             assert contender in text
         if view.peer:
             assert f"]({view.file})" in text
             assert (output / view.file).read_bytes().startswith(b"\x89PNG")
+    assert benchmark.NOTES.keys() <= {(view.command, view.group) for view in benchmark.VIEWS}
     for line in text.splitlines():
         if line.startswith("|"):
             assert line.endswith("|")
