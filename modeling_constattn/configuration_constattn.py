@@ -55,6 +55,11 @@ class ConstAttnConfig(PreTrainedConfig):
             less; without it, every token reads the same totals, which do not see the order of tokens.
         forget_gate_bound: the most that a slot's log weight may lose per token; its log decay is in (−forget_gate_bound, 0), and
             starts in the middle. At most 0.5, so that a chunk of 64 tokens stays within the growth that the fast path takes.
+        num_induction_heads: heads that start as induction heads (arXiv 2209.11895), the last ones of each constant attention
+            layer, or a number for each layer: a token looks for the likes of itself, and reads what came after them; they forget
+            slowly. These are initial weights, which training is free to leave. The convolution must see two tokens. Measured in
+            model_cards/reports/quality: recall of 8 pairs rises from 0.06 to 0.88 with one head of two in one of two layers; one
+            head of sixteen makes the loss on text 0.7 to 1.8% worse.
         use_output_norm: RMSNorm over the features of each head's output.
         use_output_gate: SiLU gate on the output.
         rms_norm_eps: epsilon of every norm.
@@ -83,6 +88,7 @@ class ConstAttnConfig(PreTrainedConfig):
     conv_kernel_size: int | None = None
     use_forget_gate: bool = True
     forget_gate_bound: float | int = 0.5
+    num_induction_heads: list[int] | int = 0
     use_output_norm: bool = True
     use_output_gate: bool = True
     rms_norm_eps: float = 1e-6
@@ -110,6 +116,10 @@ class ConstAttnConfig(PreTrainedConfig):
             self.conv_kernel_size = 4 if self.is_causal else 5
         if self.mixer_types is None:
             self.mixer_types = ["constant_attention"] * self.num_hidden_layers
+        if isinstance(self.num_induction_heads, int):
+            self.num_induction_heads = [
+                self.num_induction_heads if mixer_type == "constant_attention" else 0 for mixer_type in self.mixer_types
+            ]
         if self.block_type == "heinsen":
             self.base_model_tp_plan = _HEINSEN_TENSOR_PARALLEL
         super().__post_init__(**kwargs)
@@ -149,6 +159,18 @@ class ConstAttnConfig(PreTrainedConfig):
                 )
             if self.head_dim is None or self.head_dim % 2:
                 raise ValueError(f"head_dim={self.head_dim} must be even for the rotary positions of sliding_attention")
+        assert isinstance(self.num_induction_heads, list)
+        if len(self.num_induction_heads) != self.num_hidden_layers:
+            raise ValueError(
+                f"num_induction_heads={self.num_induction_heads} must be one number, or one for each of num_hidden_layers="
+                f"{self.num_hidden_layers}"
+            )
+        for heads, mixer_type in zip(self.num_induction_heads, mixer_types, strict=True):
+            most = self.num_attention_heads if mixer_type == "constant_attention" else 0
+            if not 0 <= heads <= most:
+                raise ValueError(
+                    f"num_induction_heads={self.num_induction_heads} must be from 0 to {most} in {mixer_type} layers"
+                )
 
     def validate_architecture(self):
         """Part of the strict validation: values that no model can be built from."""
@@ -162,6 +184,14 @@ class ConstAttnConfig(PreTrainedConfig):
         if not self.is_causal and self.conv_kernel_size is not None and self.conv_kernel_size % 2 == 0:
             raise ValueError(
                 f"conv_kernel_size={self.conv_kernel_size} must be odd with is_causal=False, as many tokens on either side"
+            )
+        assert isinstance(self.num_induction_heads, list)
+        if any(self.num_induction_heads) and (
+            self.block_type == "heinsen" or not self.is_causal or self.conv_kernel_size == 1
+        ):
+            raise ValueError(
+                "num_induction_heads needs block_type='default', is_causal=True and a conv_kernel_size of 2 at least: the key of "
+                "a token is made of the token before it"
             )
         if not 0 < self.forget_gate_bound <= 0.5:
             raise ValueError(f"forget_gate_bound={self.forget_gate_bound} must be above 0 and at most 0.5")

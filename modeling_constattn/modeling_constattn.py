@@ -1,5 +1,6 @@
 """ConstAttn models: the modules project, convolve, gate and cache; the attention itself is in `attention_constattn`."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -34,6 +35,8 @@ from .attention_constattn import ConstAttnState, constant_attention, log_linear_
 from .cache_constattn import ConstAttnCacheLayer, rows_behind
 from .configuration_constattn import ConstAttnConfig
 
+_INDUCTION_SCALE = 2.0  # standard deviation of queries and keys; more finds no more (32 pairs of random ones, 32 slots)
+_INDUCTION_HALF_LIFE = 1000  # tokens
 _MAX_LOG_VALUE = 80.0  # of the "heinsen" block: exp(±80) stays within float32
 
 
@@ -110,6 +113,8 @@ class ConstantAttention(nn.Module):
         self.layer_idx, self.is_causal = layer_idx, config.is_causal
         self.num_slots, self.head_dim = config.num_slots, config.head_dim
         self.forget_gate_bound = config.forget_gate_bound
+        assert isinstance(config.num_induction_heads, list)
+        self.num_induction_heads = config.num_induction_heads[layer_idx]
         heads, hidden = config.num_attention_heads, config.hidden_size
         self.q_proj = nn.Linear(hidden, heads * self.num_slots, bias=False)
         self.k_proj = nn.Linear(hidden, heads * self.num_slots, bias=False)
@@ -165,6 +170,28 @@ class ConstantAttention(nn.Module):
         if self.g_proj is not None:
             output = output * F.silu(self.g_proj(hidden_states))
         return self.o_proj(output)
+
+    @torch.no_grad()
+    def start_induction_heads(self) -> None:
+        """Initial weights of the last heads (arXiv 2209.11895). What a token asks for is made of itself, by the projection that
+        makes keys, while the key beside its value is made of the token before: so it finds the values that followed its likes.
+        """
+        rows, conv = self.num_induction_heads * self.num_slots, self.conv
+        assert conv is not None
+        self.q_proj.weight[-rows:] = self.k_proj.weight[-rows:]
+        # inputs have a root mean square of 1, so that this is the factor from a projection to its standard deviation
+        scale = _INDUCTION_SCALE / self.k_proj.weight[-rows:].square().sum(1).mean().sqrt()
+        query, key, value = conv.weight.split(conv.widths)  # [width,L], the last tap is the token's own
+        for taps, lag, size in (
+            (query[-rows:], 0, scale),
+            (key[-rows:], 1, scale),
+            (value[-self.num_induction_heads * self.head_dim :], 0, 1.0),
+        ):
+            taps.zero_()
+            taps[:, -1 - lag] = size
+        if self.f_proj is not None:
+            share = math.log(2) / _INDUCTION_HALF_LIFE / self.forget_gate_bound
+            self.f_proj.bias[-rows:] = math.log(share / (1 - share))
 
     def log_decay(self, hidden_states: Tensor) -> Tensor | None:
         """[B,T,hidden] → [B,H,T,K], the log of what each slot keeps when a token arrives; None: everything."""
@@ -430,6 +457,16 @@ class ConstAttnPreTrainedModel(PreTrainedModel):
         if isinstance(module, ShortConvolution):
             bound = module.weight.shape[1] ** -0.5
             init.uniform_(module.weight, -bound, bound)
+
+    def initialize_weights(self):
+        """As in Transformers, whose walk sees one module at a time; induction heads copy from one to another, after it."""
+        mixers = [module for module in self.modules() if isinstance(module, ConstantAttention)]
+        # neither weights that are loaded, nor a model that exists, start anew
+        fresh = [x for x in mixers if not any(getattr(y, "_is_hf_initialized", False) for y in (x, *x.parameters()))]
+        super().initialize_weights()
+        for mixer in fresh:
+            if mixer.num_induction_heads:
+                mixer.start_induction_heads()
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in Transformers; config.json names the classes of every head, so that any of them loads as remote code."""

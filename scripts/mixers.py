@@ -45,9 +45,6 @@ class VariantConfig(ConstAttnConfig):
             they go to the layers in turn.
         qk_norm: query and key have this root mean square to start with, by an RMSNorm over the slots with a learned gain.
         key_softmax: the keys are normed, by a log-softmax over the slots: each token writes a mass of one.
-        induction_heads: so many heads, the last ones, start as induction heads: a token's query looks, by the projection that
-            keys have, for a key that was made of the token before: the value read is what followed the token's like.
-        induction_scale: taps of their convolution that query and key start with; the larger, the more alike.
     """
 
     model_type = "constattn_variant"
@@ -63,8 +60,6 @@ class VariantConfig(ConstAttnConfig):
     qk_scale: list[float | int] = dataclasses.field(default_factory=lambda: [1])
     qk_norm: float | int | None = None
     key_softmax: bool = False
-    induction_heads: int = 0
-    induction_scale: float | int = 8
 
     def validate_variant(self):
         for field, known in (
@@ -75,8 +70,9 @@ class VariantConfig(ConstAttnConfig):
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field}={getattr(self, field)!r} is unknown; use one of {', '.join(known)}")
-        if self.induction_heads and (self.conv_kernel_size == 1 or self.signed_read):
-            raise ValueError("induction_heads need conv_kernel_size of 2 at least, and one query for each key")
+        assert isinstance(self.num_induction_heads, list)
+        if any(self.num_induction_heads) and (self.signed_read or self.share_qk or self.forget == "head"):
+            raise ValueError("num_induction_heads needs one query, one key and a rate for each slot in every head")
         if self.block_type == "heinsen":
             raise ValueError("block_type='heinsen' is the paper's own block, without variants")
 
@@ -116,6 +112,8 @@ class VariantAttention(ConstantAttention):
 
     def start(self) -> None:
         """Initial weights that are this class's own."""
+        if self.num_induction_heads:
+            self.start_induction_heads()
         overwrites, spread = self.config.forget == "overwrite", self.config.spread
         if self.config.half_life is not None and (overwrites or self.f_proj is not None):
             biases = self.write_bias if overwrites else self.f_proj.bias
@@ -134,18 +132,6 @@ class VariantAttention(ConstantAttention):
             bias = (share / (1 - share)).log() / (1 if overwrites else self.config.forget_scale)
             with torch.no_grad():
                 rates.copy_({"slot": bias, "head": bias[:, None], "layer": bias[self.layer_idx % len(bias)]}[spread])
-        if heads := self.config.induction_heads:
-            rows = heads * self.num_slots
-            with torch.no_grad():
-                self.q_proj.weight[-rows:] = self.k_proj.weight[-rows:]
-                query, key, value = self.conv.weight.split(self.conv.widths)  # [width,L], the last tap the token's own
-                for taps, lag, size in (
-                    (query[-rows:], 0, self.config.induction_scale),
-                    (key[-rows:], 1, self.config.induction_scale),
-                    (value[-heads * self.head_dim :], 0, 1.0),
-                ):
-                    taps.zero_()
-                    taps[:, -1 - lag] = size
         if self.config.qk_norm is not None:
             nn.init.constant_(self.q_norm.weight, self.config.qk_norm)
             nn.init.constant_(self.k_norm.weight, self.config.qk_norm)

@@ -32,6 +32,21 @@ MODELS = Path(__file__).resolve().parent.parent / "configuration/models"
             "block_type='heinsen' has no sliding_attention",
         ),
         ({"forget_gate_bound": 1.0}, "forget_gate_bound=1.0 must be above 0 and at most 0.5"),
+        (
+            {"num_induction_heads": 13},
+            r"num_induction_heads=\[13, .* must be from 0 to 12 in constant_attention layers",
+        ),
+        ({"num_induction_heads": [1]}, "one for each of num_hidden_layers=12"),
+        (
+            {"num_induction_heads": [1] * 12, "mixer_types": ["sliding_attention"] * 12, "sliding_window": 8},
+            "must be from 0 to 0 in sliding_attention layers",
+        ),
+        (
+            {"num_induction_heads": 1, "conv_kernel_size": 1},
+            "num_induction_heads needs .* a conv_kernel_size of 2 at least",
+        ),
+        ({"num_induction_heads": 1, "is_causal": False}, "num_induction_heads needs .* is_causal=True"),
+        ({"num_induction_heads": 1, "block_type": "heinsen"}, "num_induction_heads needs block_type='default'"),
         ({"vocab_size": "many"}, "vocab_size"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, dict) else "",
@@ -39,6 +54,11 @@ MODELS = Path(__file__).resolve().parent.parent / "configuration/models"
 def test_refuses(fields, message):
     with pytest.raises(Exception, match=message):  # the strict base class wraps errors in its own
         ConstAttnConfig(**fields)
+
+
+def test_one_number_of_induction_heads_is_for_every_constant_layer():
+    hybrid = {"num_hidden_layers": 2, "mixer_types": ["constant_attention", "sliding_attention"], "sliding_window": 8}
+    assert ConstAttnConfig(num_induction_heads=3, **hybrid).num_induction_heads == [3, 0]
 
 
 def test_round_trip_through_the_bare_base_class(tmp_path):

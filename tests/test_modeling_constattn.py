@@ -1,6 +1,7 @@
 """The models: one text, many ways to read it, the same numbers; and at home in Transformers."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import textwrap
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
     AutoConfig,
@@ -33,7 +36,7 @@ FAMILY = {
         "use_output_gate": False,
         "intermediate_size": 0,
     },
-    "wide": {"num_slots": 24, "head_dim": 10},
+    "wide": {"num_slots": 24, "head_dim": 10, "num_induction_heads": 1},
     "hybrid": HYBRID,
     "window first": {"mixer_types": HYBRID["mixer_types"][::-1], "sliding_window": 8},
     "heinsen": {"block_type": "heinsen"},
@@ -425,3 +428,63 @@ def test_a_new_forget_gate_starts_in_the_middle_of_its_range():
     assert decay.shape == (1, 2, 50, 32)
     torch.testing.assert_close(decay.mean(), torch.tensor(-0.25), atol=5e-3, rtol=0)
     assert decay.min() > -0.5 and decay.max() < 0
+
+
+def make_induction(**fields) -> ConstAttnForCausalLM:
+    small = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return ConstAttnForCausalLM(ConstAttnConfig(**small | {"num_induction_heads": [0, 1]} | fields)).eval()
+
+
+@torch.no_grad()
+def test_an_induction_head_starts_by_reading_what_followed_the_like(monkeypatch):
+    hits = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        mixer, seen = make_induction(num_slots=64).model.layers[1].mixer, {}
+        hidden = F.normalize(torch.randn(1, 12, 64), dim=-1) * 64**0.5
+        hidden[:, 9] = hidden[:, 4]
+
+        def attend(query, key, value, *rest, attend=mixer.attend, seen=seen):
+            output, state = attend(query, key, value, *rest)
+            seen.update(query=query, value=value[0, -1], output=output[0, -1])
+            return output, state
+
+        monkeypatch.setattr(mixer, "attend", attend)
+        mixer(hidden, None, None, None)
+        hits += int((seen["value"][:10] - seen["output"][9]).norm(dim=-1).argmin() == 5)
+        torch.testing.assert_close(seen["query"][0, -1].std(), torch.tensor(2.0), rtol=0.2, atol=0)
+    assert hits >= 10  # by chance 2
+
+
+@torch.no_grad()
+def test_an_induction_head_forgets_slowly_and_the_others_start_as_ever():
+    torch.manual_seed(0)
+    with_one = make_induction().model.layers
+    decay = with_one[1].mixer.log_decay(torch.randn(1, 50, 64))
+    torch.testing.assert_close(-math.log(2) / decay[:, 1].mean(), torch.tensor(1000.0), rtol=0.1, atol=0)
+    torch.testing.assert_close(decay[:, 0].mean(), torch.tensor(-0.25), atol=5e-3, rtol=0)
+    torch.manual_seed(0)
+    without = make_induction(num_induction_heads=0).model.layers
+    for name, weight in without[0].named_parameters():
+        assert torch.equal(weight, with_one[0].get_parameter(name)), name
+    for name, rows in (("q_proj.weight", 32), ("f_proj.bias", 32), ("conv.weight", 32)):  # of the other head
+        expected = without[1].mixer.get_parameter(name)[:rows]
+        assert torch.equal(with_one[1].mixer.get_parameter(name)[:rows], expected), name
+
+
+@torch.no_grad()
+def test_induction_heads_are_a_start_that_neither_loading_nor_a_second_start_repeats(tmp_path, ids):
+    model = make_induction(vocab_size=VOCAB)
+    for weight in model.parameters():
+        weight.add_(0.1 * torch.randn_like(weight))
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path)
+    model.init_weights()
+    for again in (model, ConstAttnForCausalLM.from_pretrained(tmp_path)):
+        assert torch.equal(again(ids).logits, expected)
+
+    weights = load_file(tmp_path / "model.safetensors")
+    missing = {name: weight for name, weight in weights.items() if "layers.1.mixer" not in name}
+    save_file(missing, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    mixer = ConstAttnForCausalLM.from_pretrained(tmp_path).model.layers[1].mixer
+    assert torch.equal(mixer.q_proj.weight[-32:], mixer.k_proj.weight[-32:])  # what is not loaded starts
