@@ -1096,8 +1096,8 @@ VIEWS = (
 
 NOTES = {  # (subcommand, group) → what bounds it, and what was tried
     ("op", FORWARD): (
-        "What bounds it on a CPU: four products and two exponentials a chunk, the last column. They make half of the "
-        "time; the rest is that their operands come from memory, not from the cache, and pages that the system hands out "
+        "What bounds it on a CPU: four products and two exponentials a chunk, the last column. They make about half of "
+        "the time; the rest is that their operands come from memory, not from the cache, and pages that the system hands out "
         "for results. Forgetting adds sums of the log decays and scales every number of query and key; such passes weigh "
         "much because the rest weighs so little. torch.compile has nothing to fuse: the attention is one custom operator. "
         "Tried, and kept: exponents in float32 against the maxima of rows and chunks (a third to a half of the time that "

@@ -131,7 +131,8 @@ def cost_chapter(results: dict) -> Chapter:
     sizes = series(cost["cache"], "bytes")
     steps = series([row for row in cost["training step"] if row["group"] == STEP], "median")
     peaks = series([row for row in cost["training step"] if row["group"] == STEP], "peak_bytes")
-    slope, longest = last_slope(times[SOFTMAX]), max(times[SOFTMAX])
+    slope = max(0.0, last_slope(times[SOFTMAX]))  # noise can turn a short one down
+    longest = max(times[SOFTMAX])
     constant = {name: statistics.median(times[name].values()) for name in (OURS, LINEAR)}
 
     def seconds(name: str, context: float) -> float:
