@@ -116,10 +116,6 @@ class ConstAttnConfig(PreTrainedConfig):
             self.conv_kernel_size = 4 if self.is_causal else 5
         if self.mixer_types is None:
             self.mixer_types = ["constant_attention"] * self.num_hidden_layers
-        if isinstance(self.num_induction_heads, int):
-            self.num_induction_heads = [
-                self.num_induction_heads if mixer_type == "constant_attention" else 0 for mixer_type in self.mixer_types
-            ]
         if self.block_type == "heinsen":
             self.base_model_tp_plan = _HEINSEN_TENSOR_PARALLEL
         super().__post_init__(**kwargs)
@@ -142,6 +138,13 @@ class ConstAttnConfig(PreTrainedConfig):
     def layer_types(self, value: list[str]):
         self.mixer_types = value
 
+    @property
+    def induction_heads(self) -> list[int]:
+        """`num_induction_heads` of each layer."""
+        if isinstance(self.num_induction_heads, list):
+            return self.num_induction_heads
+        return [self.num_induction_heads if mixer == "constant_attention" else 0 for mixer in self.layer_types]
+
     def validate_layer_type(self):
         """Replaces Transformers' check, whose closed list of layer types does not know constant attention."""
         mixer_types = self.layer_types
@@ -159,13 +162,12 @@ class ConstAttnConfig(PreTrainedConfig):
                 )
             if self.head_dim is None or self.head_dim % 2:
                 raise ValueError(f"head_dim={self.head_dim} must be even for the rotary positions of sliding_attention")
-        assert isinstance(self.num_induction_heads, list)
-        if len(self.num_induction_heads) != self.num_hidden_layers:
+        if len(self.induction_heads) != self.num_hidden_layers:
             raise ValueError(
                 f"num_induction_heads={self.num_induction_heads} must be one number, or one for each of num_hidden_layers="
                 f"{self.num_hidden_layers}"
             )
-        for heads, mixer_type in zip(self.num_induction_heads, mixer_types, strict=True):
+        for heads, mixer_type in zip(self.induction_heads, mixer_types, strict=True):
             most = self.num_attention_heads if mixer_type == "constant_attention" else 0
             if not 0 <= heads <= most:
                 raise ValueError(
@@ -185,8 +187,7 @@ class ConstAttnConfig(PreTrainedConfig):
             raise ValueError(
                 f"conv_kernel_size={self.conv_kernel_size} must be odd with is_causal=False, as many tokens on either side"
             )
-        assert isinstance(self.num_induction_heads, list)
-        if any(self.num_induction_heads) and (
+        if any(self.induction_heads) and (
             self.block_type == "heinsen" or not self.is_causal or self.conv_kernel_size == 1
         ):
             raise ValueError(

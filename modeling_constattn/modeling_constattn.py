@@ -113,8 +113,7 @@ class ConstantAttention(nn.Module):
         self.layer_idx, self.is_causal = layer_idx, config.is_causal
         self.num_slots, self.head_dim = config.num_slots, config.head_dim
         self.forget_gate_bound = config.forget_gate_bound
-        assert isinstance(config.num_induction_heads, list)
-        self.num_induction_heads = config.num_induction_heads[layer_idx]
+        self.num_induction_heads = config.induction_heads[layer_idx]
         heads, hidden = config.num_attention_heads, config.hidden_size
         self.q_proj = nn.Linear(hidden, heads * self.num_slots, bias=False)
         self.k_proj = nn.Linear(hidden, heads * self.num_slots, bias=False)

@@ -70,8 +70,7 @@ class VariantConfig(ConstAttnConfig):
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field}={getattr(self, field)!r} is unknown; use one of {', '.join(known)}")
-        assert isinstance(self.num_induction_heads, list)
-        if any(self.num_induction_heads) and (self.signed_read or self.share_qk or self.forget == "head"):
+        if any(self.induction_heads) and (self.signed_read or self.share_qk or self.forget == "head"):
             raise ValueError("num_induction_heads needs one query, one key and a rate for each slot in every head")
         if self.block_type == "heinsen":
             raise ValueError("block_type='heinsen' is the paper's own block, without variants")
