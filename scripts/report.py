@@ -17,7 +17,7 @@ The contenders have the parameters of --model (±2%) and train by configuration/
 of LEARNING_RATES, then at the better one from --seeds different initial weights and orders of the data.
 
 Each finished measurement is a JSON file in --work, named by what it is of and by a hash of all that it depends on, so that
-a second call measures only what is missing; to measure one anew, delete its file. The full run takes about an hour on two
+a second call measures only what is missing; to measure one anew, delete its file. The full run takes about half an hour on two
 cores, on a machine that does nothing else: times are measured.
 """
 

@@ -57,9 +57,8 @@ def test_refuses(fields, message):
 
 
 def test_one_number_of_induction_heads_is_for_every_constant_layer():
-    assert (
-        ConstAttnConfig(num_induction_heads=1).num_induction_heads == 1
-    )  # so that a config can be cut to fewer layers
+    # and stays one number, so that a config can be cut to fewer layers
+    assert ConstAttnConfig(num_induction_heads=1).num_induction_heads == 1
     hybrid = {"num_hidden_layers": 2, "mixer_types": ["constant_attention", "sliding_attention"], "sliding_window": 8}
     assert ConstAttnConfig(num_induction_heads=3, **hybrid).induction_heads == [3, 0]
 

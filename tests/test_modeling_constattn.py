@@ -280,9 +280,8 @@ def test_generate_continues_from_a_returned_cache(model, ids):
         ids[:, :12], attention_mask=torch.ones_like(ids[:, :12]), return_dict_in_generate=True, **GREEDY
     )
     text = torch.cat([first.sequences, ids[:, 12:20]], 1)
-    how = GREEDY | {
-        "attention_mask": torch.ones_like(text)
-    }  # else generate() hides the tokens that are pad_token_id by chance
+    # without a mask, generate() hides the tokens that are pad_token_id by chance
+    how = GREEDY | {"attention_mask": torch.ones_like(text)}
     expected = model.generate(text, **how)
     assert torch.equal(model.generate(text, past_key_values=first.past_key_values, **how), expected)
 
@@ -445,7 +444,7 @@ def test_an_induction_head_starts_by_reading_what_followed_the_like(monkeypatch)
     hits = 0
     for seed in range(20):
         torch.manual_seed(seed)
-        mixer, seen = make_induction(num_slots=64).model.layers[1].mixer, {}
+        mixer, seen = make_induction(num_slots=256).model.layers[1].mixer, {}
         hidden = F.normalize(torch.randn(1, 12, 64), dim=-1) * 64**0.5
         hidden[:, 9] = hidden[:, 4]
 
@@ -458,7 +457,7 @@ def test_an_induction_head_starts_by_reading_what_followed_the_like(monkeypatch)
         mixer(hidden, None, None, None)
         hits += int((seen["value"][:10] - seen["output"][9]).norm(dim=-1).argmin() == 5)
         torch.testing.assert_close(seen["query"][0, -1].std(), torch.tensor(2.0), rtol=0.2, atol=0)
-    assert hits >= 10  # by chance 2
+    assert hits >= 14  # by chance 2
 
 
 @torch.no_grad()
