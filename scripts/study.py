@@ -15,6 +15,7 @@ the validation split; what is reported is the test split's.
 
 import argparse
 import concurrent.futures
+import copy
 import dataclasses
 import itertools
 import json
@@ -299,6 +300,11 @@ def score(model: Any, task: Task, split: str) -> dict[str, Any]:
         scores: dict[str, Any] = {"loss": loss if math.isfinite(loss) else None}  # None: the training diverged
         if split == "test" and task.test_lengths:
             scores["by_position"] = by_position(model, task, max(task.test_lengths), seed)
+        kinds = set(model.config.layer_types)
+        if split == "test" and len(kinds) > 1:
+            scores["without"] = {
+                kind: losses(without(model, kind), tokens, task.batch).mean().item() for kind in sorted(kinds)
+            }
         return scores
     accuracy = {}
     for length in (task.length,) if split == "validation" else (task.test_lengths or (task.length,)):
@@ -314,6 +320,15 @@ def score(model: Any, task: Task, split: str) -> dict[str, Any]:
             right += int((logits.argmax(-1) == wanted).sum())
         accuracy[str(length)] = right / asked
     return {"accuracy": accuracy}
+
+
+def without(model: Any, mixer_type: str) -> Any:
+    """The trained model, in which the mixers of one kind add nothing: what is left is what the others carry."""
+    model = copy.deepcopy(model)
+    for layer in model.model.layers:
+        if layer.mixer_type == mixer_type:
+            layer.mixer.o_proj.weight.zero_()
+    return model
 
 
 def losses(model: Any, tokens: Tensor, batch: int) -> Tensor:
@@ -370,8 +385,9 @@ def report(studies: Sequence[tuple[Path, list[Cell]]], results: list[dict], outp
                     summary(name, [result for result in found if result["mixer"] == name])
                     for name in dict.fromkeys(result["mixer"] for result in found)
                 ]
-                lines += table(own[0].task, rows)
-                if plot := PLOTS.get(own[0].task.kind):
+                lines += table(own[0].task, rows) + ablations(rows)
+                plot = PLOTS.get(own[0].task.kind)
+                if plot and (own[0].task.kind != "text" or own[0].task.test_lengths):
                     name = f"{file.stem}-{task_name}.png"
                     with staged_file(output / name) as image:
                         plot(rows, image)
@@ -458,6 +474,19 @@ def table(task: Task, rows: list[dict]) -> list[str]:
     return lines
 
 
+def ablations(rows: list[dict]) -> list[str]:
+    """Of models with layers of two kinds, the loss once the mixers of one kind add nothing."""
+    lines = []
+    for row in rows:
+        losses = [run["test"].get("without", {}) for run in row["runs"]]
+        for kind in losses[0]:
+            lines += [
+                "",
+                f"`{row['mixer']}`, its {kind} layers silenced after training: {spread([x[kind] for x in losses])}.",
+            ]
+    return lines
+
+
 def accuracy_at(run: dict, length: str) -> float:
     return run["test"]["accuracy"][length]
 
@@ -492,7 +521,6 @@ def plot_lengths(rows: list[dict], image: Path) -> None:
 
 def plot_positions(rows: list[dict], image: Path) -> None:
     """Loss by position against that of the same bytes in rows of the training length."""
-    rows = [row for row in rows if row["runs"][0]["test"].get("by_position")]
     figure, axes = figure_and_axes("bytes of text before", "loss ÷ loss of the same bytes in rows as trained")
     for row in rows:
         octaves = zip(*(run["test"]["by_position"] for run in row["runs"]), strict=True)

@@ -157,6 +157,43 @@ def test_loss_is_that_of_every_token_but_the_first():
         torch.testing.assert_close(mean, model(tokens, labels=tokens).loss)
 
 
+def test_silenced_layers_pass_on_what_they_read():
+    torch.manual_seed(0)
+    hybrid = {"mixer_types": ["constant_attention", "sliding_attention"], "num_hidden_layers": 2, "sliding_window": 4}
+    model = study.mixers.build(SMALL | hybrid).eval()
+    tokens = torch.randint(64, (3, 10))
+    with torch.no_grad():
+        whole = model(tokens).logits
+        for number, kind in enumerate(hybrid["mixer_types"]):
+            silenced = study.without(model, kind)(tokens).logits
+            hook = model.model.layers[number].mixer.register_forward_hook(
+                lambda mixer, inputs, output: (
+                    (torch.zeros_like(output[0]), *output[1:])
+                    if isinstance(output, tuple)
+                    else torch.zeros_like(output)
+                )
+            )
+            torch.testing.assert_close(silenced, model(tokens).logits)
+            hook.remove()
+            assert (silenced - whole).abs().max() > 1e-4
+        torch.testing.assert_close(model(tokens).logits, whole)  # the model itself is left as it was
+
+
+def test_a_hybrid_is_scored_without_each_kind_of_its_layers(tmp_path: Path):
+    content = small_study(task={"kind": "text", "model": SMALL | {"vocab_size": 256}, "options": {}}, mixers=["hybrid"])
+    content["mixers"]["hybrid"] = {
+        "num_hidden_layers": 2,
+        "mixer_types": ["constant_attention", "sliding_attention"],
+        "sliding_window": 4,
+    }
+    (row,) = run(tmp_path, content)
+    silenced = row["test"]["without"]
+    assert len({row["test"]["loss"], *silenced.values()}) == 3
+    readme = (tmp_path / "out/README.md").read_text()
+    for kind, loss in silenced.items():
+        assert f"`hybrid`, its {kind} layers silenced after training: {loss:.3f}." in readme
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
