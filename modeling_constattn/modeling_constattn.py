@@ -35,8 +35,10 @@ from .attention_constattn import ConstAttnState, constant_attention, log_linear_
 from .cache_constattn import ConstAttnCacheLayer, rows_behind
 from .configuration_constattn import ConstAttnConfig
 
-_INDUCTION_SCALE = 2.0  # standard deviation of queries and keys; more finds no more (32 pairs of random ones, 32 slots)
-_INDUCTION_HALF_LIFE = 1000  # tokens
+_INDUCTION_SCALE = (
+    3.0  # standard deviation of queries and keys; with 2 and with 4, a seed did not learn that learns with 3
+)
+_INDUCTION_HALF_LIFE = 100_000  # tokens; with 1,000, what was to be found 16,384 tokens back was often lost
 _MAX_LOG_VALUE = 80.0  # of the "heinsen" block: exp(±80) stays within float32
 
 

@@ -1115,7 +1115,7 @@ NOTES = {  # (subcommand, group) → what bounds it, and what was tried
     ("decode", TOKEN): (
         "What bounds it on a CPU: every weight is read once for a token, and the matrix–vector products of the BLAS "
         "library read them at a third of the memory's bandwidth, the last two columns. What is left for all else is next "
-        "to nothing compiled; in eager mode it is the overhead of some 150 operators a layer. So other products alone "
+        "to nothing compiled; in eager mode it is the overhead of some 110 operators a layer. So other products alone "
         "would bring it nearer to the bandwidth. Tried: the convolution of one token as a sum (a tenth of its time, "
         "kept); inductor's max_autotune with its C++ templates, and freezing (no change); transposed weights (faster for "
         "wide matrices only). Not done: own products in place of nn.Linear, which LoRA and quantisers rely on; one "

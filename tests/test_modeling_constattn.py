@@ -456,7 +456,7 @@ def test_an_induction_head_starts_by_reading_what_followed_the_like(monkeypatch)
         monkeypatch.setattr(mixer, "attend", attend)
         mixer(hidden, None, None, None)
         hits += int((seen["value"][:10] - seen["output"][9]).norm(dim=-1).argmin() == 5)
-        torch.testing.assert_close(seen["query"][0, -1].std(), torch.tensor(2.0), rtol=0.2, atol=0)
+        torch.testing.assert_close(seen["query"][0, -1].std(), torch.tensor(3.0), rtol=0.2, atol=0)
     assert hits >= 14  # by chance 2
 
 
@@ -465,7 +465,7 @@ def test_an_induction_head_forgets_slowly_and_the_others_start_as_ever():
     torch.manual_seed(0)
     with_one = make_induction().model.layers
     decay = with_one[1].mixer.log_decay(torch.randn(1, 50, 64))
-    torch.testing.assert_close(-math.log(2) / decay[:, 1].mean(), torch.tensor(1000.0), rtol=0.1, atol=0)
+    torch.testing.assert_close(-math.log(2) / decay[:, 1].mean(), torch.tensor(1e5), rtol=0.1, atol=0)
     torch.testing.assert_close(decay[:, 0].mean(), torch.tensor(-0.25), atol=5e-3, rtol=0)
     torch.manual_seed(0)
     without = make_induction(num_induction_heads=0).model.layers
