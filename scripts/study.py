@@ -478,11 +478,11 @@ def ablations(rows: list[dict]) -> list[str]:
     """Of models with layers of two kinds, the loss once the mixers of one kind add nothing."""
     lines = []
     for row in rows:
-        losses = [run["test"].get("without", {}) for run in row["runs"]]
-        for kind in losses[0]:
+        found = [run["test"].get("without", {}) for run in row["runs"]]
+        for kind in found[0]:
             lines += [
                 "",
-                f"`{row['mixer']}`, its {kind} layers silenced after training: {spread([x[kind] for x in losses])}.",
+                f"`{row['mixer']}`, its {kind} layers silenced after training: {spread([x[kind] for x in found])}.",
             ]
     return lines
 
