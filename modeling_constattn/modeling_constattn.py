@@ -27,21 +27,68 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
-from transformers.utils import is_tracing
+from transformers.utils import is_torchdynamo_compiling, is_torchdynamo_exporting, is_tracing
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_constattn import ConstAttnState, constant_attention, log_linear_recurrence
+from .attention_constattn import _NAMESPACE, ConstAttnState, constant_attention, log_linear_recurrence
 from .cache_constattn import ConstAttnCacheLayer, rows_behind
 from .configuration_constattn import ConstAttnConfig
 
 _INDUCTION_SCALE = 3.0  # standard deviation of queries and keys; a seed learns with 3 that does not with 2 or 4
 _INDUCTION_HALF_LIFE = 100_000  # tokens; with 1,000, what was to be found 16,384 tokens back was often lost
 _MAX_LOG_VALUE = 80.0  # of the "heinsen" block: exp(±80) stays within float32
+# Numbers of a weight from which oneDNN's product is taken: with fewer, its 15 µs of preparation are not won back.
+_ONEDNN_SIZE = 2**18
+_HAS_ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and torch.backends.mkl.is_available()  # else nn.Linear takes oneDNN by itself, or there is no x86
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
 
 
 def _cache_layer(past_key_values: Cache | None, layer_idx: int) -> ConstAttnCacheLayer | None:
     return None if past_key_values is None else past_key_values.layers[layer_idx]
+
+
+# ------------------------------------------------------------------------------------------------------- matrix products
+
+
+def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+# For torch.compile, whose own lowering of that operator takes packed weights alone.
+_compiled_onednn_product = torch.library.custom_op(f"{_NAMESPACE}::onednn_product", _onednn_product, mutates_args=())
+
+
+@_compiled_onednn_product.register_fake
+def _(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, by oneDNN where a large float32 product is made on a CPU and no gradient is asked for.
+
+    PyTorch makes it by MKL, which on AMD processors reads the weights of a token's matrix–vector products at half of oneDNN's
+    speed; the cost report says what a token gains. Weights and results are those of `nn.Linear`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if (
+            _HAS_ONEDNN
+            and weight.numel() >= _ONEDNN_SIZE
+            and not torch.is_grad_enabled()
+            and x.device.type == "cpu"
+            and x.dtype == weight.dtype == torch.float32
+            and type(weight) is nn.Parameter  # not one that is quantised or distributed
+            and not torch.is_autocast_enabled("cpu")
+            and not is_torchdynamo_exporting()  # what is exported may run elsewhere
+        ):
+            product = _compiled_onednn_product if is_torchdynamo_compiling() else _onednn_product
+            return product(x, weight, self.bias)
+        return super().forward(x)
 
 
 # ------------------------------------------------------------------------------------------------------- the default block
@@ -115,12 +162,12 @@ class ConstantAttention(nn.Module):
         self.forget_gate_bound = config.forget_gate_bound
         self.num_induction_heads = config.induction_heads[layer_idx]
         heads, hidden = config.num_attention_heads, config.hidden_size
-        self.q_proj = nn.Linear(hidden, heads * self.num_slots, bias=False)
-        self.k_proj = nn.Linear(hidden, heads * self.num_slots, bias=False)
-        self.v_proj = nn.Linear(hidden, heads * self.head_dim, bias=False)
-        self.f_proj = nn.Linear(hidden, heads * self.num_slots) if config.use_forget_gate else None
-        self.g_proj = nn.Linear(hidden, heads * self.head_dim, bias=False) if config.use_output_gate else None
-        self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=False)
+        self.q_proj = Linear(hidden, heads * self.num_slots, bias=False)
+        self.k_proj = Linear(hidden, heads * self.num_slots, bias=False)
+        self.v_proj = Linear(hidden, heads * self.head_dim, bias=False)
+        self.f_proj = Linear(hidden, heads * self.num_slots) if config.use_forget_gate else None
+        self.g_proj = Linear(hidden, heads * self.head_dim, bias=False) if config.use_output_gate else None
+        self.o_proj = Linear(heads * self.head_dim, hidden, bias=False)
         widths = (heads * self.num_slots, heads * self.num_slots, heads * self.head_dim)
         has_conv = config.conv_kernel_size > 1
         self.conv = ShortConvolution(widths, config.conv_kernel_size, config.is_causal) if has_conv else None
@@ -246,10 +293,10 @@ class SlidingAttention(nn.Module):
         self.config, self.layer_idx, self.is_causal = config, layer_idx, config.is_causal
         self.head_dim = config.head_dim
         width = config.num_attention_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, width, bias=False)
+        self.k_proj = Linear(config.hidden_size, width, bias=False)
+        self.v_proj = Linear(config.hidden_size, width, bias=False)
+        self.o_proj = Linear(width, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -287,9 +334,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ConstAttnConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -338,7 +385,7 @@ class HeinsenPositions(nn.Module):
 
     def __init__(self, config: ConstAttnConfig):
         super().__init__()
-        self.proj = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.proj = Linear(config.hidden_size, 2 * config.hidden_size)
 
     def forward(
         self, x: Tensor, key_mask: Tensor | None, lag_limit: Tensor | None, past_key_values: Cache | None
@@ -387,9 +434,9 @@ class HeinsenBlock(GradientCheckpointingLayer):
         heads, hidden = config.num_attention_heads, config.hidden_size
         self.widths = (heads * self.num_slots, heads * self.num_slots, heads * self.head_dim)
         self.input_layernorm = nn.LayerNorm(hidden, eps=config.rms_norm_eps)
-        self.qkv_proj = nn.Linear(hidden, sum(self.widths))
-        self.glu_proj = nn.Linear(heads * self.head_dim, 2 * hidden)
-        self.o_proj = nn.Linear(hidden, hidden, bias=False)
+        self.qkv_proj = Linear(hidden, sum(self.widths))
+        self.glu_proj = Linear(heads * self.head_dim, 2 * hidden)
+        self.o_proj = Linear(hidden, hidden, bias=False)
 
     def forward(
         self,
@@ -674,7 +721,7 @@ class ConstAttnForCausalLM(ConstAttnPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = ConstAttnModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -729,7 +776,7 @@ class ConstAttnForMaskedLM(ConstAttnPreTrainedModel):
             raise ValueError(f"{type(self).__name__} needs is_causal=False in the config; this one is causal")
         super().__init__(config)
         self.model = ConstAttnModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def generate(self, *args, **kwargs):

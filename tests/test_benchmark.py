@@ -39,12 +39,13 @@ def results(output: Path) -> benchmark.Results:
 def test_every_contender_is_measured_at_every_length(results: benchmark.Results):
     op = {*benchmark.OP_FUNCTIONS, benchmark.COMPILED, benchmark.PRODUCTS}
     models = {benchmark.MODEL, benchmark.LLAMA, benchmark.MAMBA}
+    alike = {benchmark.LLAMA_ALIKE}
     compiled = {benchmark.MODEL_COMPILED, benchmark.LLAMA_COMPILED}
     expected = {
         ("op", benchmark.FORWARD): op,
         ("op", benchmark.BACKWARD): op,
-        ("prefill", benchmark.PREFILL): models | {benchmark.MODEL_PIECES},
-        ("decode", benchmark.TOKEN): models | compiled | {benchmark.READING, benchmark.PROJECTING},
+        ("prefill", benchmark.PREFILL): models | alike | {benchmark.MODEL_PIECES},
+        ("decode", benchmark.TOKEN): models | alike | compiled | {benchmark.READING, benchmark.PROJECTING},
         ("decode", benchmark.CONTEXTS): {benchmark.MODEL},
         ("train", benchmark.STEP): models,
         ("memory", benchmark.CACHE): models,
@@ -266,6 +267,14 @@ def test_caches_have_the_size_of_real_ones(models: dict, name: str):
     assert size == cache_nbytes(real.past_key_values)
     assert int(make(model, context).get_seq_length()) == int(real.past_key_values.get_seq_length()) == context
     assert int(make(model, context, static=True, room=4).get_seq_length()) == context
+
+
+def test_llama_with_our_linear_layers_is_the_same_model(models: dict):
+    llama, tokens = models[benchmark.LLAMA], benchmark.random_tokens(40, models)
+    alike = benchmark.with_our_linear_layers(llama)
+    assert not any(type(layer) is nn.Linear for layer in alike.modules())
+    assert any(type(layer) is nn.Linear for layer in llama.modules())
+    torch.testing.assert_close(alike(tokens).logits, llama(tokens).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_decoding_compiled_equals_eager(models: dict):

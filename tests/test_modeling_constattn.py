@@ -12,7 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -25,7 +28,7 @@ from transformers import (
 )
 
 from modeling_constattn import ConstAttnConfig, ConstAttnForCausalLM, ConstAttnModel
-from modeling_constattn.modeling_constattn import AUTO_MAP
+from modeling_constattn.modeling_constattn import _HAS_ONEDNN, AUTO_MAP, Linear
 
 HYBRID = {"mixer_types": ["constant_attention", "sliding_attention"], "sliding_window": 8}
 FAMILY = {
@@ -176,6 +179,81 @@ def test_logits_to_keep(model, ids):
     expected = model(ids).logits
     close(model(ids, logits_to_keep=1).logits, expected[:, -1:])
     close(model(ids, logits_to_keep=torch.tensor([3, 50])).logits, expected[:, [3, 50]])
+
+
+# -------------------------------------------------------------------------------------------------------- matrix products
+
+
+class Operators(TorchDispatchMode):
+    """The names of all operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def layer() -> Linear:
+    torch.manual_seed(0)
+    return Linear(512, 600)
+
+
+@pytest.mark.skipif(not _HAS_ONEDNN, reason="this build of torch has no MKL, or no oneDNN, to choose between")
+@pytest.mark.parametrize("shape", [(512,), (1, 1, 512), (2, 7, 512), (0, 3, 512)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_large_products_without_gradients_are_those_of_onednn(layer, shape, bias):
+    if not bias:
+        layer.bias = None
+    wide = torch.randn(*shape[:-1], 1024)
+    for x in (wide[..., :512], wide[..., ::2]):
+        with torch.no_grad(), Operators() as operators:
+            output = layer(x)
+        assert operators.names[-1] == "mkldnn::_linear_pointwise"
+        with torch.no_grad():
+            expected = copy.deepcopy(layer).double()(x.double())
+        torch.testing.assert_close(output.double(), expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_large_products_compile(layer, bias):
+    if not bias:
+        layer.bias = None
+    x = torch.randn(1, 1, 512)
+    with torch.no_grad():
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), rtol=0, atol=5e-6)
+        torch._dynamo.reset()
+        torch.compile(layer, fullgraph=True, backend=(graphs := EagerAndRecordGraphs()))(x)
+    names = [str(node.target) for node in graphs.graphs[0].graph.nodes if node.op == "call_function"]
+    assert len(names) == 1 and ("onednn_product" in names[0]) == _HAS_ONEDNN, names
+
+
+@pytest.mark.parametrize("other", ["gradient", "small", "bfloat16", "float64", "autocast", "quantised", "exported"])
+def test_all_other_products_are_those_of_nn_linear(layer, other):
+    x = torch.randn(3, 512)
+    if other == "gradient":
+        layer(x).sum().backward()
+        torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(600, -1), rtol=1e-5, atol=1e-5)
+        return
+    if other == "small":
+        layer = Linear(512, 100)
+    elif other in ("bfloat16", "float64"):
+        layer, x = layer.to(getattr(torch, other)), x.to(getattr(torch, other))
+    elif other == "quantised":
+        layer.weight = nn.Parameter(TwoTensor(layer.weight.detach(), layer.weight.detach()))
+    with torch.no_grad():
+        if other == "exported":
+            graph = torch.export.export(layer, (x,)).graph
+            assert [str(node.target) for node in graph.nodes if node.op == "call_function"] == ["aten.linear.default"]
+            return
+        with torch.autocast("cpu", torch.bfloat16, enabled=other == "autocast"), Operators() as operators:
+            output = layer(x)
+        assert not any("mkldnn" in name or "onednn" in name for name in operators.names)
+        assert output.dtype == (torch.bfloat16 if other == "autocast" else x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------- training
