@@ -25,6 +25,7 @@ import os
 import statistics
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
@@ -162,7 +163,7 @@ def run_all(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, dict | 
         return
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, (threads,)) as pool:
         try:
             waiting = {pool.submit(run, cell): cell for cell in cells}
             for future in concurrent.futures.as_completed(waiting):
@@ -170,6 +171,19 @@ def run_all(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, dict | 
                 yield waiting[future], future.result() if failure is None else cast(Exception, failure)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """A study that is killed takes its workers with it: they would train on, for nobody, beside the next run."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 # ----------------------------------------------------------------------------------------------------------- study files

@@ -1,11 +1,16 @@
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("matplotlib", reason="scripts/study.py draws plots: pip install -e '.[report]'")
 
+import psutil
 import study
 import torch
 import yaml
@@ -104,6 +109,21 @@ def test_a_cell_that_fails_leaves_the_others(tmp_path: Path, capfd: pytest.Captu
         study.main([write(tmp_path, content), "--output", str(tmp_path / "out")])
     assert "mixer='cosine' is unknown" in "".join(capfd.readouterr())
     assert [row["mixer"] for row in results(tmp_path)] == ["ours"]
+
+
+def test_workers_end_with_a_study_that_is_killed(tmp_path: Path):
+    file = write(tmp_path, small_study(task={"steps": 10_000_000}))
+    command = [sys.executable, study.__file__, file, "--output", str(tmp_path / "out"), "--workers", "2"]
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) as parent:
+        try:
+            while (
+                len(children := psutil.Process(parent.pid).children()) < 3
+            ):  # two workers, and what tracks their locks
+                assert parent.poll() is None
+                time.sleep(0.1)
+        finally:
+            parent.kill()
+    assert not psutil.wait_procs(children, timeout=120)[1]
 
 
 def test_workers_give_the_same_results(tmp_path: Path):
