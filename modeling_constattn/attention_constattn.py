@@ -233,9 +233,8 @@ def quadratic_attention(
             seen = seen & past[t]
         if key_mask is not None:
             seen = seen & key_mask[:, None, None, :]
-        scores = exponents.masked_fill(~seen[..., None], 0.0).logsumexp(
-            -1
-        )  # log( exp(q)·exp(k) )          [B,H,rows,T]
+        # log( exp(q)·exp(k) ) [B,H,rows,T]
+        scores = exponents.masked_fill(~seen[..., None], 0.0).logsumexp(-1)
         empty = ~seen.any(-1, keepdim=True)
         weights = scores.masked_fill(~seen & ~empty, _NEG_INF).softmax(-1).masked_fill(empty, 0.0)
         outputs.append(weights @ value)
@@ -255,9 +254,7 @@ def scan_attention(query: Tensor, key: Tensor, log_value: Tensor, *, is_causal: 
         [B,H,T,V], the log of the attention (eq. 5).
     """
     _check_inputs(query, key, log_value, None, None, None, is_causal)
-    log_terms = (
-        key[..., :, None] + log_value[..., None, :]
-    )  # log( exp(k_j) v_jᵀ )                              [B,H,T,K,V]
+    log_terms = key[..., :, None] + log_value[..., None, :]  # log( exp(k_j) v_jᵀ ) [B,H,T,K,V]
     if is_causal:
         log_S, log_Z = log_terms.logcumsumexp(2), key.logcumsumexp(2)  # eq. 6
     else:
@@ -374,9 +371,8 @@ def _attend_step(
     log_Z = state.log_Z if f is None else state.log_Z + f[:, :, 0]
     log_Z = torch.logaddexp(log_Z, k[:, :, 0].to(log_Z.dtype))
     weight = (k[:, :, 0] - _finite(log_Z)).exp().to(v.dtype)
-    state = ConstAttnState(
-        log_Z, torch.lerp(state.mean.to(v.dtype), v, weight[..., None])
-    )  # v [B,H,1,V] meets every slot
+    mean = torch.lerp(state.mean.to(v.dtype), v, weight[..., None])  # v [B,H,1,V] meets every slot
+    state = ConstAttnState(log_Z, mean)
     return _read(q, state), state
 
 
@@ -395,9 +391,7 @@ def _attend_step_fused(
 def _attend_totals(q: Tensor, k: Tensor, v: Tensor, state: ConstAttnState) -> tuple[Tensor, ConstAttnState]:
     """Not causal: every row reads the totals. O(T·K·V)."""
     peak = _finite(k.detach().amax(2, keepdim=True))
-    weights = (
-        (k.to(state.log_Z.dtype) - peak).exp().to(v.dtype)
-    )  # exp(k − peak) ≤ 1                                 [B,H,T,K]
+    weights = (k.to(state.log_Z.dtype) - peak).exp().to(v.dtype)  # exp(k − peak) ≤ 1 [B,H,T,K]
     total = weights.sum(2)
     empty = total == 0
     log_Z = (peak[:, :, 0] + total.masked_fill(empty, 1.0).to(state.log_Z.dtype).log()).masked_fill(empty, _NEG_INF)

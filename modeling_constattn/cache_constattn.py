@@ -32,9 +32,8 @@ from transformers.utils import is_torchdynamo_compiling
 from .attention_constattn import ConstAttnState, constant_attention
 from .configuration_constattn import ConstAttnConfig
 
-MAX_ROLLBACK = (
-    256  # tokens that `crop` can take back; what is kept for it is at most twice as many tokens' keys and values
-)
+# Tokens that `crop` can take back; what is kept for it is at most twice as many tokens' keys and values.
+MAX_ROLLBACK = 256
 
 
 class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):

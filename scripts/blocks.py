@@ -45,9 +45,8 @@ class BlockTrainer(Trainer):
     def cut(self, inputs: dict) -> Iterator[dict]:
         """The blocks of a batch, as inputs of the model; between two of them the cache is that of the former."""
         tokens = inputs["input_ids"]
-        targets = torch.nn.functional.pad(
-            inputs["labels"][:, 1:], (0, 1), value=-100
-        )  # of a block's last token: the next's first
+        # the target of a block's last token is the next block's first
+        targets = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
         cache = DynamicCache(config=self.model.config)
         for start in range(0, tokens.shape[1], self.state_block):
             block = slice(start, start + self.state_block)

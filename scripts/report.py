@@ -296,9 +296,8 @@ def read_text(options: argparse.Namespace, plan: Plan, work: Work) -> Text:
     run.training |= {"output_dir": str(work.folder), "max_steps": plan.steps}
     tokenizer = train.load_tokenizer(str(folder / "tokenizer"))
     documents, held_out = train.read_documents(run, train.training_arguments(run)[0])
-    data: Any = TASKS[run.task].prepare(
-        run, documents, held_out, tokenizer, 0, print
-    )  # ends here where there is too little
+    # ends here where there is too little
+    data: Any = TASKS[run.task].prepare(run, documents, held_out, tokenizer, 0, print)
     base = type(base).from_dict(base.to_dict() | {"vocab_size": math.ceil(len(tokenizer) / 64) * 64})
     train_bytes, held_out_bytes = (sum(len(t.encode()) for t in texts) for texts in (train_texts, held_out_texts))
     return Text(names, folder, train_bytes, held_out_bytes, base, list(itertools.islice(data.held_out, plan.blocks)))

@@ -61,9 +61,7 @@ def naive_attention(query: Tensor, key: Tensor, value: Tensor, state: Any = None
 
 def scan_with_state(query: Tensor, key: Tensor, value: Tensor, state: Any = None) -> tuple[Tensor, Any]:
     """`scan_attention` of the values' logs, which goes on from log_S and log_Z of the text before."""
-    log_S = (key[..., :, None] + value.log()[..., None, :]).logcumsumexp(
-        2
-    )  # [B,H,T,K,V]                        (eq. 6)
+    log_S = (key[..., :, None] + value.log()[..., None, :]).logcumsumexp(2)  # [B,H,T,K,V] (eq. 6)
     log_Z = key.logcumsumexp(2)  # [B,H,T,K]
     if state is not None:
         log_S, log_Z = log_S.logaddexp(state[0][:, :, None]), log_Z.logaddexp(state[1][:, :, None])

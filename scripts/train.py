@@ -67,9 +67,8 @@ class Run:
     """The keys of a run file. Paths are relative to the working directory."""
 
     model: str  # folder with a config.json alone: from scratch; with weights, or a Hub id: fine-tuning
-    data: (
-        str | dict | list
-    )  # text file, folder, .csv, .jsonl, .parquet, Hub dataset id, {path: …, name: …, split: …}, or a list
+    # text file, folder, .csv, .jsonl, .parquet, Hub dataset id, {path: …, name: …, split: …}, or a list
+    data: str | dict | list
     training: dict = field(default_factory=dict)  # for TrainingArguments; output_dir is needed
     task: str = "causal-lm"  # or "chat", "masked-lm" or "sequence-classification"
     lora: dict | None = (
@@ -408,9 +407,8 @@ def choose_tokenizer(run: Run, checkpoint: str | None, documents: Any) -> tuple[
 def train_tokenizer(documents: Any, vocab_size: int, with_mask: bool = False) -> PreTrainedTokenizerFast:
     """A byte-level BPE: any text can be written in its tokens, and comes back exactly."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    mask = (
-        [AddedToken(MASK, lstrip=True, special=True)] if with_mask else []
-    )  # a word's token holds the space before it
+    # a word's token holds the space before it, and so does the mask
+    mask = [AddedToken(MASK, lstrip=True, special=True)] if with_mask else []
     least = len(alphabet) + 2 + len(mask)
     if vocab_size < least:
         raise SystemExit(f"error: vocab_size is {vocab_size}; a byte-level BPE needs at least {least}")

@@ -365,15 +365,11 @@ def test_state_after_ten_million_tokens():
     single, exact = None, None
     log_Z, total = torch.full((1, 1, 2), -torch.inf, dtype=torch.float64), torch.zeros(1, 1, 2, 2, dtype=torch.float64)
     for _ in range(153):  # 10,027,008 tokens
-        query, key, value = (
-            torch.zeros(1, 1, 65536, 2),
-            torch.randn(1, 1, 65536, 2) * 2,
-            torch.randn(1, 1, 65536, 2) + 1,
-        )
+        query = torch.zeros(1, 1, 65536, 2)
+        key, value = torch.randn(1, 1, 65536, 2) * 2, torch.randn(1, 1, 65536, 2) + 1
         _, single = constant_attention(query, key, value, single, chunk_size=256)
-        weights = (
-            key.double().exp()
-        )  # Σ exp(k) v and Σ exp(k) as they stand, in float64: keys of ±10 cannot overflow it
+        # Σ exp(k) v and Σ exp(k) as they stand, in float64: keys of ±10 cannot overflow it
+        weights = key.double().exp()
         total += weights.transpose(2, 3) @ value.double()
         log_Z = torch.logaddexp(log_Z, weights.sum(2).log())
     exact = ConstAttnState(log_Z, total / log_Z.exp()[..., None])

@@ -509,9 +509,8 @@ def test_what_is_recorded_is_bounded(exact_member, pieces, monkeypatch):
         for layer in cache.layers:
             if isinstance(layer, ConstAttnCacheLayer):
                 assert layer._recorded() <= 32
-                width = (
-                    sum(layer.tensors["mean"].shape[1:]) * 2 * 3 * 8
-                )  # bytes of a token's query, key and value, at most
+                # bytes of a token's query, key and value, at most
+                width = sum(layer.tensors["mean"].shape[1:]) * 2 * 3 * 8
                 assert sum(key.untyped_storage().nbytes() for key in layer.past["key"]) <= 32 * width
                 for name, tensor in layer.base.items():
                     assert tensor.untyped_storage().nbytes() == layer.tensors[name].nbytes

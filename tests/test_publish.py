@@ -25,9 +25,8 @@ CODE = {f"{name}_constattn.py" for name in ("attention", "cache", "configuration
 FILES = CODE | {"README.md", "config.json", "generation_config.json", "model.safetensors"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Use 'content=:DeprecationWarning"
-)  # huggingface_hub's own way to upload
+# huggingface_hub's own way to upload
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
 @pytest.fixture

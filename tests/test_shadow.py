@@ -88,9 +88,8 @@ def test_what_it_says_is_what_the_models_give(
     assert figures["divergence"] == pytest.approx(divergence / tokens, rel=1e-3)
     assert figures["agreement"] == pytest.approx(100 * agreed / tokens)
     assert result["figures"]["loss_gap"]["low"] < figures["loss_gap"] < result["figures"]["loss_gap"]["high"]
-    kept = (
-        longest + 3
-    )  # the prompt's keys and values, and those of the new tokens: two layers of two heads of 16, float32
+    # the prompt's keys and values, and those of the new tokens: two layers of two heads of 16, float32
+    kept = longest + 3
     assert result["sides"]["incumbent"]["cache_bytes"] == kept * 2 * 2 * 32 * 4
 
     printed = capsys.readouterr().out

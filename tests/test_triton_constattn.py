@@ -21,10 +21,8 @@ from modeling_constattn import ConstAttnState, constant_attention
 from modeling_constattn import attention_constattn as torch_path
 from modeling_constattn import triton_constattn as kernels
 
-OUTPUT_ERROR, GRADIENT_ERROR = (
-    2e-6,
-    1e-5,
-)  # as in test_attention_constattn; for 16 bits, one unit in the last place of 1
+# as in test_attention_constattn; for 16 bits, one unit in the last place of 1
+OUTPUT_ERROR, GRADIENT_ERROR = 2e-6, 1e-5
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
