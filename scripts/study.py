@@ -10,7 +10,7 @@ not run again: a run that is stopped loses the cells it was at. Then README.md a
 
 Equal terms: the MLP's width makes the parameters of all models of a task equal (±2%) where the task does not say
 otherwise; with one seed, all see the same tokens in the same order. For each mixer the learning rate is taken that is best on
-the validation split; what is reported is the test split's.
+the validation split, by the seeds that all rates have; what is reported is the test split's.
 """
 
 import argparse
@@ -382,7 +382,8 @@ def report(studies: Sequence[tuple[Path, list[Cell]]], results: list[dict], outp
         "# Quality at constant cost",
         "",
         "Written by `scripts/study.py`, whose first lines say what is compared and how. Figures of several seeds are mean ± "
-        "standard deviation. The learning rate is the one of the grid that is best on the validation split.",
+        "standard deviation. The learning rate is the one of the grid that is best on the validation split, by the seeds that "
+        "all rates have.",
     ]
     for file, cells in studies:
         lines += ["", f"## {file.stem}", "", header(file)]
@@ -399,7 +400,7 @@ def report(studies: Sequence[tuple[Path, list[Cell]]], results: list[dict], outp
                     summary(name, [result for result in found if result["mixer"] == name])
                     for name in dict.fromkeys(result["mixer"] for result in found)
                 ]
-                lines += table(own[0].task, rows) + ablations(rows)
+                lines += table(own[0].task, rows) + sweeps(rows) + ablations(rows)
                 plot = PLOTS.get(own[0].task.kind)
                 if plot and (own[0].task.kind != "text" or own[0].task.test_lengths):
                     name = f"{file.stem}-{task_name}.png"
@@ -426,16 +427,17 @@ def task_line(task: Task, found: int, planned: int) -> str:
 
 
 def summary(name: str, results: list[dict]) -> dict[str, Any]:
-    """What the seeds of a mixer say at its best learning rate, of those with the most seeds."""
-    by_rate: dict[float, list[dict]] = {}
+    """All seeds of a mixer at its best learning rate, by the validation scores of the seeds that every rate has."""
+    by_rate: dict[float, dict[int, dict]] = {}
     for result in results:
-        by_rate.setdefault(result["settings"]["learning_rate"], []).append(result)
-    most = max(len(runs) for runs in by_rate.values())
-    rate, runs = min(
-        ((rate, runs) for rate, runs in by_rate.items() if len(runs) == most),
-        key=lambda pair: statistics.fmean(cost(result["validation"]) for result in pair[1]),
-    )
-    return {"mixer": name, "learning_rate": rate, "rates": sorted(by_rate), "runs": runs}
+        by_rate.setdefault(result["settings"]["learning_rate"], {})[result["settings"]["seed"]] = result
+    shared = set.intersection(*(set(runs) for runs in by_rate.values()))
+    validation = {
+        rate: statistics.fmean(cost(runs[seed]["validation"]) for seed in shared or runs)
+        for rate, runs in sorted(by_rate.items())
+    }
+    best = min(validation, key=validation.__getitem__)
+    return {"mixer": name, "learning_rate": best, "validation": validation, "runs": list(by_rate[best].values())}
 
 
 def cost(scores: dict[str, Any]) -> float:
@@ -473,7 +475,7 @@ def table(task: Task, rows: list[dict]) -> list[str]:
         f"| --- |{' ---: |' * (len(columns) + 5)}",
     ]
     for row in sorted(rows, key=lambda row: statistics.fmean(cost(run["test"]) for run in row["runs"])):
-        first, rates = row["runs"][0], row["rates"]
+        first, rates = row["runs"][0], list(row["validation"])
         state = f"{first['state_floats']:,}"
         if first["state_floats_per_token"]:
             state += f" + {first['state_floats_per_token']:,}·T"
@@ -485,6 +487,16 @@ def table(task: Task, rows: list[dict]) -> list[str]:
         lines.append(
             f"| {row['mixer']} | {figures} | {first['parameters']:,} | {state} | {rate} | {len(row['runs'])} | {seconds:.0f} |"
         )
+    return lines
+
+
+def sweeps(rows: list[dict]) -> list[str]:
+    """Of mixers with several learning rates, what each of them is worth."""
+    lines = []
+    for row in rows:
+        scores = [f"{rate:g}: {abs(score):.3f}" for rate, score in row["validation"].items()]
+        if len(scores) > 1:
+            lines += ["", f"`{row['mixer']}`, validation by learning rate: {', '.join(scores)}."]
     return lines
 
 

@@ -148,16 +148,17 @@ def fake(rate: float, seed: int, validation: float | None, test: float) -> dict:
     }
 
 
-def test_the_learning_rate_is_chosen_on_validation_among_those_with_all_seeds():
-    runs = [
-        fake(1, 0, 2.0, 9.0),
-        fake(1, 1, 2.2, 9.0),
-        fake(2, 0, 2.3, 1.0),
-        fake(2, 1, 2.3, 1.0),
-        fake(3, 0, 1.0, 1.0),
+def test_the_learning_rate_is_chosen_on_validation_by_the_seeds_that_all_rates_have():
+    runs = [fake(1, 0, 2.0, 9.0), fake(1, 1, 9.0, 8.0), fake(2, 0, 2.3, 1.0), fake(3, 0, 2.4, 1.0)]
+    row = study.summary("ours", runs)
+    assert row["learning_rate"] == 1 and row["runs"] == runs[:2]  # all seeds of it, on which it would not be the best
+    assert study.sweeps([row]) == ["", "`ours`, validation by learning rate: 1: 2.000, 2: 2.300, 3: 2.400."]
+    row = study.summary("ours", [fake(1, 0, None, 1.0), fake(2, 0, 3.0, 3.0)])  # one diverged
+    assert row["learning_rate"] == 2 and study.sweeps([row]) == [
+        "",
+        "`ours`, validation by learning rate: 1: inf, 2: 3.000.",
     ]
-    assert study.summary("ours", runs)["learning_rate"] == 1
-    assert study.summary("ours", [fake(1, 0, None, 1.0), fake(2, 0, 3.0, 3.0)])["learning_rate"] == 2  # one diverged
+    assert study.sweeps([study.summary("ours", [fake(1, 0, 2.0, 9.0)])]) == []
 
 
 def test_splits_of_the_text_share_no_file():
