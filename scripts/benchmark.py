@@ -1136,7 +1136,7 @@ NOTES = {  # (subcommand, group) → what bounds it, and what was tried
         "bounds show. ConstAttn's linear layers take oneDNN's products, not MKL's, which read at half their speed on AMD "
         "processors; with the same layers, the last column, Llama makes a token after a short context as fast as ConstAttn: its "
         "attention is cheap there, its matrices are fewer and wider, and its layer has 72 operators in eager mode, where "
-        "ConstAttn's has 110. Compiled, what is no product takes a tenth of the time. Tried before: inductor's "
+        "ConstAttn's has 110. Compiled, what is no product takes an eighth to a fifth. Tried before: inductor's "
         "max_autotune with its C++ templates, freezing (no change), transposed weights (faster for wide matrices only). Kept: "
         "the convolution of one token as a sum, a tenth of its time. Not done: one projection for query, key, value and "
         "gates, which would rename what checkpoints and adapters name; a state that is updated in place, whose copies are a "

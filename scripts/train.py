@@ -56,9 +56,8 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-TOKENIZER_TRAINING_CHARACTERS = (
-    200_000_000  # more text than this hardly changes a byte-level BPE and takes long to count
-)
+# more text than this hardly changes a byte-level BPE and takes long to count
+TOKENIZER_TRAINING_CHARACTERS = 200_000_000
 END_OF_TEXT, PADDING, MASK = "<|endoftext|>", "<|padding|>", "<|mask|>"
 
 
@@ -71,12 +70,10 @@ class Run:
     data: str | dict | list
     training: dict = field(default_factory=dict)  # for TrainingArguments; output_dir is needed
     task: str = "causal-lm"  # or "chat", "masked-lm" or "sequence-classification"
-    lora: dict | None = (
-        None  # for peft.LoraConfig, as {r: 8}: train these alone, on all linear layers unless it says other
-    )
-    tokenizer: str | None = (
-        None  # folder or Hub id; else the checkpoint's own, else a byte-level BPE is trained on data
-    )
+    # for peft.LoraConfig, as {r: 8}: train these alone, on all linear layers unless it says other
+    lora: dict | None = None
+    # folder or Hub id; else the checkpoint's own, else a byte-level BPE is trained on data
+    tokenizer: str | None = None
     vocab_size: int | None = None  # of a tokenizer trained here; else the vocab_size of the model's config
     eval_data: str | dict | list | None = None  # held-out documents, named like data …
     eval_fraction: float | None = None  # … or the share of the documents in data to hold out, drawn by training.seed
