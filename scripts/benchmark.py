@@ -29,9 +29,10 @@ How it is measured, so that ratios mean something on a machine that does other t
   log Z is that of so many tokens.
 - Three rows are no contenders but bounds. "its products and exponentials alone" are those of constant attention, on pieces
   that stay in the processor's cache: what no other arrangement on this library saves. "reading the weights once" is the
-  bandwidth of the memory, "ConstAttn's matrix–vector products alone" what the library of those products makes of it.
-- On a CPU ConstAttn's linear layers take oneDNN's products where Llama's take MKL's. What that alone is worth shows
-  "Llama, with ConstAttn's linear layers".
+  bandwidth of the memory, "ConstAttn's matrix–vector products alone" what the library of those products makes of it in
+  eager mode.
+- On a CPU ConstAttn's linear layers take oneDNN's products where Llama's take MKL's and, compiled, the compiler's own loop
+  for one token. What that alone is worth show the rows of "Llama, with ConstAttn's linear layers".
 - A contender whose next row would take longer than --budget, or more memory than is free, ends there; the row says so.
 """
 
@@ -99,6 +100,7 @@ GLA, LIGHTNET = "GLA, flash-linear-attention", "LightNet, flash-linear-attention
 MODEL, MODEL_COMPILED, MODEL_PIECES = "ConstAttn", "ConstAttn, compiled", "ConstAttn, in pieces of 2,048"
 LLAMA, LLAMA_COMPILED, MAMBA = "Llama", "Llama, compiled", "Mamba"
 LLAMA_ALIKE = "Llama, with ConstAttn's linear layers"
+LLAMA_ALIKE_COMPILED = LLAMA_ALIKE + ", compiled"
 READING, PROJECTING = "reading the weights once", "ConstAttn's matrix–vector products alone"
 
 BOUNDS = (PRODUCTS, READING, PROJECTING)
@@ -690,6 +692,7 @@ def measure_decode(options: argparse.Namespace, lengths: Sequence[int]) -> dict:
     if options.device == "cpu":
         alike = with_our_linear_layers(models[LLAMA])
         contenders[LLAMA_ALIKE] = lambda context: decode_call(alike, llama_cache(alike, context))
+        contenders[LLAMA_ALIKE_COMPILED] = compiled_decode_call(alike, partial(llama_cache, static=True), room)
     with tqdm(total=len(lengths) + 1, desc="decode", unit="context") as bar:
         torch._dynamo.reset()
         rows = sweep(TOKEN, contenders, lengths, int, options, bar, steepest=1.0)
@@ -1292,6 +1295,7 @@ COLOURS = {
     **dict.fromkeys((SDPA, LLAMA), "#1f6fb2"),
     LLAMA_COMPILED: "#5fb0e5",
     LLAMA_ALIKE: "#12395e",
+    LLAMA_ALIKE_COMPILED: "#9a86c9",
     **dict.fromkeys((LINEAR, MAMBA), "#2e8b57"),
     SCAN: "#8a8a8a",
     READING: "#8a8a8a",

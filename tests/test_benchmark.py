@@ -40,7 +40,7 @@ def test_every_contender_is_measured_at_every_length(results: benchmark.Results)
     op = {*benchmark.OP_FUNCTIONS, benchmark.COMPILED, benchmark.PRODUCTS}
     models = {benchmark.MODEL, benchmark.LLAMA, benchmark.MAMBA}
     alike = {benchmark.LLAMA_ALIKE}
-    compiled = {benchmark.MODEL_COMPILED, benchmark.LLAMA_COMPILED}
+    compiled = {benchmark.MODEL_COMPILED, benchmark.LLAMA_COMPILED, benchmark.LLAMA_ALIKE_COMPILED}
     expected = {
         ("op", benchmark.FORWARD): op,
         ("op", benchmark.BACKWARD): op,

@@ -218,18 +218,43 @@ def test_large_products_without_gradients_are_those_of_onednn(layer, shape, bias
         torch.testing.assert_close(output.double(), expected, rtol=0, atol=5e-6)
 
 
+def compiled(layer: Linear, x: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
+    """What the compiled layer gives, and the operators that were compiled."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        output = torch.compile(layer, fullgraph=True)(x)
+        torch._dynamo.reset()
+        torch.compile(layer, fullgraph=True, backend=(graphs := EagerAndRecordGraphs()))(x)
+    return output, [str(node.target) for node in graphs.graphs[0].graph.nodes if node.op.startswith("call")]
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_large_products_compile(layer, bias):
     if not bias:
         layer.bias = None
-    x = torch.randn(1, 1, 512)
+    x = torch.randn(2, 7, 512)
+    output, names = compiled(layer, x)
     with torch.no_grad():
-        torch._dynamo.reset()
-        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), rtol=0, atol=5e-6)
-        torch._dynamo.reset()
-        torch.compile(layer, fullgraph=True, backend=(graphs := EagerAndRecordGraphs()))(x)
-    names = [str(node.target) for node in graphs.graphs[0].graph.nodes if node.op == "call_function"]
+        torch.testing.assert_close(output, layer(x), rtol=0, atol=5e-6)
     assert len(names) == 1 and ("onednn_product" in names[0]) == _HAS_ONEDNN, names
+
+
+@pytest.mark.parametrize("shape", [(512,), (1, 1, 512)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_one_row_compile_to_sums(shape, dtype, bias):
+    torch.manual_seed(0)
+    layer = Linear(512, 100, bias=bias, dtype=dtype)
+    x = torch.randn(shape, dtype=dtype)
+    output, names = compiled(layer, x)
+    assert "sum" in names and not any("linear" in name or "product" in name for name in names), names
+    assert output.dtype == dtype
+    with torch.no_grad():
+        expected = copy.deepcopy(layer).double()(x.double())
+    # half an ulp for rounding the sum, and another one for the bias
+    torch.testing.assert_close(
+        output.double(), expected, rtol=torch.finfo(dtype).eps, atol=2e-6 if dtype.itemsize == 4 else 1e-3
+    )
 
 
 @pytest.mark.parametrize("other", ["gradient", "small", "bfloat16", "float64", "autocast", "quantised", "exported"])
@@ -247,8 +272,9 @@ def test_all_other_products_are_those_of_nn_linear(layer, other):
         layer.weight = nn.Parameter(TwoTensor(layer.weight.detach(), layer.weight.detach()))
     with torch.no_grad():
         if other == "exported":
-            graph = torch.export.export(layer, (x,)).graph
-            assert [str(node.target) for node in graph.nodes if node.op == "call_function"] == ["aten.linear.default"]
+            for rows in (x, x[:1]):
+                graph = torch.export.export(layer, (rows,)).graph
+                assert [str(node.target) for node in graph.nodes if node.op == "call_function"] == ["aten.linear.default"]
             return
         with torch.autocast("cpu", torch.bfloat16, enabled=other == "autocast"), Operators() as operators:
             output = layer(x)
