@@ -706,7 +706,7 @@ def contexts_in_turn(model: Any, lengths: Sequence[int], options: argparse.Names
     """ConstAttn alone, after every context in turn: is the time per token the same? ratios: to each other context."""
     calls = {f"T={length:,}": decode_call(model, constattn_cache(model, length)) for length in lengths}
     estimates = {name: first_calls(call, options).seconds for name, call in calls.items()}
-    runs = take_turns(calls, estimates, options, 3 * options.rounds)  # they differ little, so measure them well
+    runs = take_turns(calls, estimates, options, 15 * options.rounds)  # they differ little, so measure them well
     return [timed_row(CONTEXTS, MODEL, length, name, runs) for length, name in zip(lengths, calls, strict=True)]
 
 
@@ -1131,19 +1131,20 @@ NOTES = {  # (subcommand, group) → what bounds it, and what was tried
         "that is kept."
     ),
     ("prefill", PREFILL): (
-        "In pieces, whose activations stay small, a long prompt is read faster than in one call: so do `generate.py` and "
+        "In pieces a prompt of any length takes the memory of 2,048 tokens, and about as long: so do `generate.py` and "
         "`prefix.py`."
     ),
     ("decode", TOKEN): (
-        "What bounds it on a CPU: every weight is read once for a token, at the part of the memory's bandwidth that the two "
-        "bounds show. ConstAttn's linear layers take oneDNN's products, not MKL's, which read at half their speed on AMD "
-        "processors; with the same layers, the last column, Llama makes a token after a short context as fast as ConstAttn: its "
-        "attention is cheap there, its matrices are fewer and wider, and its layer has 72 operators in eager mode, where "
-        "ConstAttn's has 110. Compiled, what is no product takes an eighth to a fifth. Tried before: inductor's "
-        "max_autotune with its C++ templates, freezing (no change), transposed weights (faster for wide matrices only). Kept: "
-        "the convolution of one token as a sum, a tenth of its time. Not done: one projection for query, key, value and "
-        "gates, which would rename what checkpoints and adapters name; a state that is updated in place, whose copies are a "
-        "fiftieth of a step."
+        "What bounds it on a CPU: every weight is read once for a token. In eager mode ConstAttn's linear layers take oneDNN's "
+        "products, not MKL's, which read at half their speed on AMD processors; the rest is the launch of 110 operators in "
+        "each layer. Compiled, the products of one token are sums, for which inductor makes a loop that reads at nearly the "
+        "bandwidth of the memory. Llama with the same layers makes a token after a short context as fast, eager or "
+        "compiled: its attention is cheap there, its matrices are fewer and wider, and its layer has 72 operators. Tried "
+        "before: inductor's max_autotune with its C++ templates, freezing (no change), transposed weights (faster for wide "
+        "matrices only), sums for several rows at once (each row reads the weights anew: slower than oneDNN from four on). "
+        "Kept: the convolution of one token as a sum, a tenth of its time. Not done: one projection for query, key, value "
+        "and gates, which would rename what checkpoints and adapters name; a state that is updated in place, whose copies "
+        "are a fiftieth of a step."
     ),
     ("train", STEP): (
         "What bounds it on a CPU: at these lengths the attention is less than a tenth of a step, and faster than Llama's "

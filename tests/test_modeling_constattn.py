@@ -274,7 +274,9 @@ def test_all_other_products_are_those_of_nn_linear(layer, other):
         if other == "exported":
             for rows in (x, x[:1]):
                 graph = torch.export.export(layer, (rows,)).graph
-                assert [str(node.target) for node in graph.nodes if node.op == "call_function"] == ["aten.linear.default"]
+                assert [str(node.target) for node in graph.nodes if node.op == "call_function"] == [
+                    "aten.linear.default"
+                ]
             return
         with torch.autocast("cpu", torch.bfloat16, enabled=other == "autocast"), Operators() as operators:
             output = layer(x)
@@ -410,6 +412,16 @@ def test_decode_step_compiles_once(ids):
                 tokens.append(step(tokens[-1], past_key_values=cache, use_cache=True).logits.argmax(-1))
         assert torch.equal(torch.cat(tokens, 1), sequence[:, n:])
     assert counter.frame_count == 1
+
+
+def test_generate_with_a_compiled_forward(ids):
+    model = make_model("default", num_hidden_layers=1)
+    expected = [model.generate(ids[:, :n], **GREEDY) for n in (4, 33)]
+    torch._dynamo.reset()
+    # "eager" compiles nothing after the graph, which is what might break
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+    for n, sequence in zip((4, 33), expected, strict=True):
+        assert torch.equal(model.generate(ids[:, :n], **GREEDY, cache_implementation="static"), sequence)
 
 
 def test_training_compiles_without_a_graph_break(ids):
