@@ -72,7 +72,7 @@ class Linear(nn.Linear):
 
     PyTorch makes float32 products by MKL, which on AMD processors reads the weights of a token's matrix–vector products at half
     of oneDNN's speed. Compiled, one token's products are written as sums, of which the compiler makes a loop that reads the
-    weights as fast as the memory gives them. The cost report says what a token gains.
+    weights at most of the memory's bandwidth. The cost report says what a token gains.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,8 +88,8 @@ class Linear(nn.Linear):
             return super().forward(x)
         if is_torchdynamo_compiling() and all(size == 1 for size in x.shape[:-1]) and x.dtype != torch.float64:
             # summed in float32; the compiler fuses the conversions, and no product is ever in memory
-            product = (x.unsqueeze(-2).float() * weight.float()).sum(-1).to(x.dtype)
-            return product if self.bias is None else product + self.bias
+            output = (x.unsqueeze(-2).float() * weight.float()).sum(-1).to(x.dtype)
+            return output if self.bias is None else output + self.bias
         if _HAS_ONEDNN and weight.numel() >= _ONEDNN_SIZE and x.dtype == torch.float32:
             product = _compiled_onednn_product if is_torchdynamo_compiling() else _onednn_product
             return product(x, weight, self.bias)
