@@ -68,6 +68,7 @@ else is float32 (float64 for float64 inputs). A device without float64 (MPS) use
 """
 
 import functools
+import itertools
 import logging
 import math
 import os
@@ -80,10 +81,11 @@ from torch import Tensor
 _CHUNK_SIZE = 64
 # How far log Z of all slots may spread in a chunk: e^60 = 1e26 leaves float32 (1e±38) room for products.
 _MAX_SPREAD = {torch.float32: 60.0, torch.float64: 600.0}
-_MAX_SHIFT = 32.0  # by which float32 exponents may lie below zero where they matter: an error of 2e-6 at most
+_MIN_SUM = math.exp(-32)  # of weights whose exponents are float32 and ≤ 0: where they matter, their error is 2e-6 at most
 # Numbers of one [M,N,C,K] tensor of a segment: a dozen of a megabyte fit a CPU's cache; elsewhere launches are dear.
 _SEGMENT_SIZE = {"cpu": 2**18, "other": 2**25}
 _NEG_INF = float("-inf")
+_LOG2_E = math.log2(math.e)
 _logger = logging.getLogger(__name__)
 
 
@@ -175,8 +177,8 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _finite(log_Z: Tensor) -> Tensor:
-    """log_Z with 0 for −inf: safe to subtract, since whatever it is subtracted from is −inf there too."""
-    return log_Z.masked_fill(log_Z == _NEG_INF, 0.0)
+    """log_Z with the lowest number for −inf: safe to subtract, since whatever it is subtracted from is −inf there too."""
+    return log_Z.clamp_min(torch.finfo(log_Z.dtype).min)
 
 
 def _log_add_exp(a: Tensor, b: Tensor) -> Tensor:
@@ -458,19 +460,22 @@ def _log_path(kernels: bool, device: torch.device) -> None:
 
 
 class _Chunks(NamedTuple):
-    """Chunked inputs of one segment ([M,N,C,·], see the module's docstring) and what the states of all chunks say about them."""
+    """Chunked inputs of one segment and what the states of all chunks say about them; see the module's docstring.
+
+    Chunks come first, [N,M,C,·]: so the states of one chunk, or of all but the last, lie in one piece, without a copy.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     f: Tensor | None
-    rest: Tensor | None  # R [M,N,C,K or 1]: what the rest of the chunk makes of each token
-    w: Tensor  # exp(k + R − ref) [M,N,C,K]
-    ref: Tensor  # log Z at each chunk's end [M,N,1,K], log-space dtype; −inf where nothing has been seen
-    carry: Tensor  # exp(log Z_start + Σf − ref): the share of each end state that was there at the start [M,N,1,K]
-    log_Z: Tensor  # [M,N+1,K]: at each chunk's start, then at the end
-    mean: Tensor  # [M,N+1,K,V]
-    steep: Tensor  # indices into the M·N chunks of those that spread too much, int64
+    rest: Tensor | None  # R [N,M,C,K or 1]: what the rest of the chunk makes of each token
+    w: Tensor  # exp(k + R − ref) [N,M,C,K]
+    ref: Tensor  # log Z at each chunk's end [N,M,1,K], log-space dtype; −inf where nothing has been seen
+    carry: Tensor  # exp(log Z_start + Σf − ref): the share of each end state that was there at the start [N,M,1,K]
+    log_Z: Tensor  # [N+1,M,K]: at each chunk's start, then at the end
+    mean: Tensor  # [N+1,M,K,V]
+    steep: tuple[Tensor, Tensor]  # n and m of the chunks that spread too much, int64
 
 
 def _segment_length(M: int, width: int, chunk_size: int, device: torch.device) -> int:
@@ -485,28 +490,44 @@ def _segments(M: int, T: int, width: int, chunk_size: int, device: torch.device)
 
 
 def _chunks(x: Tensor, N: int, C: int, fill: float = 0.0) -> Tensor:
-    """[M,T,·] → [M,N,C,·], filled up at the end."""
+    """[M,T,·] → [N,M,C,·], filled up at the end: a view, where nothing is missing."""
     missing = N * C - x.shape[1]
     if missing:
         x = torch.nn.functional.pad(x, (0, 0, 0, missing), value=fill)
-    return x.contiguous().view(x.shape[0], N, C, x.shape[-1])
+    return x.view(x.shape[0], N, C, x.shape[-1]).transpose(0, 1)
+
+
+def _tokens(chunks: Tensor, T: int) -> Tensor:
+    """The way back, [N,M,C,·] → [M,T,·]."""
+    return chunks.transpose(0, 1).flatten(1, 2)[:, :T]
+
+
+def _store(chunks: Tensor, x: Tensor) -> None:
+    """What was written to ``_chunks(x, N, C)`` into ``x``, unless it is there already, since the chunks are a view."""
+    if x.shape[1] != chunks.shape[0] * chunks.shape[2]:
+        x.copy_(_tokens(chunks, x.shape[1]))
 
 
 def _below_peak(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """x less its maximum along ``dim``, in a new tensor, and the maximum; where all are −inf, they stay so."""
+    """x less its maximum along ``dim``, in a new contiguous tensor, and the maximum; where all are −inf, they stay so."""
     peak = x.amax(dim, keepdim=True)
-    return x - _finite(peak), peak
+    return torch.sub(x, _finite(peak), out=x.new_empty(x.shape)), peak
+
+
+def _exp_(x: Tensor) -> Tensor:
+    """exp in place, through exp2: of the two that PyTorch has for CPUs, a third of the time, another pass included."""
+    return x.mul_(_LOG2_E).exp2_()
 
 
 def _sum_from_end_(x: Tensor) -> Tensor:
-    """Σ_{i≥j} x_i over the C tokens of [M,N,C,·], in place: within blocks of 8, then from block to block. `cumsum` takes thrice as
+    """Σ_{i≥j} x_i over the C tokens of [N,M,C,·], in place: within blocks of 8, then from block to block. `cumsum` takes thrice as
     long along this axis, and runs forwards."""
     block = math.gcd(x.shape[2], 8)
-    blocks = x.unflatten(2, (-1, block))  # a view [M,N,C/8,8,·]
-    for j in reversed(range(block - 1)):
-        blocks[:, :, :, j] += blocks[:, :, :, j + 1]
-    for i in reversed(range(blocks.shape[2] - 1)):
-        blocks[:, :, i] += blocks[:, :, i + 1, :1]
+    blocks = x.unflatten(2, (-1, block))  # a view [N,M,C/8,8,·]
+    for after, x_j in itertools.pairwise(reversed(blocks.unbind(3))):
+        x_j.add_(after)
+    for after, x_i in itertools.pairwise(reversed(blocks.unbind(2))):
+        x_i.add_(after[:, :, :1])
     return x
 
 
@@ -517,63 +538,62 @@ def _scan_chunks(
     T = q.shape[1]
     N = -(-T // chunk_size)
     C = -(-T // N)
-    q, k, v = _chunks(q, N, C), _chunks(k, N, C, _NEG_INF), _chunks(v, N, C)
-    M, _, _, K = k.shape
+    q, k, v = _chunks(q, N, C), _chunks(k, N, C, _NEG_INF), _chunks(v, N, C).contiguous()
+    _, M, _, K = k.shape
     dtype, log_dtype = v.dtype, log_Z0.dtype
 
     # What each chunk adds, by itself: log Σ_j exp(k_j + R_j) and the mean of its values under these weights.
     w, peak = _below_peak(k, 2)
-    peak = peak.to(log_dtype)  # [M,N,1,K]
     rest = total_decay = None
     if f is not None:
         f = _chunks(f, N, C)
-        later = f.new_zeros(f.shape, dtype=log_dtype)
-        later[:, :, :-1] = f[:, :, 1:]
-        _sum_from_end_(later)  # no difference of sums: −inf stays −inf, never NaN
-        total_decay = later[:, :, 0] + f[:, :, 0]  # [M,N,K or 1]
-        rest = later.to(dtype)
-        w, shift = _below_peak(w.add_(rest), 2)
-        if bool(((shift < -_MAX_SHIFT) & (shift > _NEG_INF)).any()):  # too coarse: the largest keys are forgotten
-            w, peak = _below_peak(k + later, 2)
-            w = w.to(dtype)
-        else:
-            peak = peak + shift
-    w = w.exp_()  # ≤ 1
-    added = w.sum(2)  # [M,N,K]; at least 1, or 0 where all is masked
-    peak = peak.squeeze(2)  # −inf where all is masked
-    log_added = peak + added.clamp_min(1.0).to(log_dtype).log()
-    added_mean = torch.matmul(w.transpose(2, 3), v) / added.clamp_min(1.0)[..., None]
+        decay = _sum_from_end_(f.to(log_dtype, memory_format=torch.contiguous_format, copy=True))  # with the token's own
+        total_decay = decay[:, :, 0]  # [N,M,K or 1]
+        rest = torch.empty_like(decay, dtype=dtype)
+        rest[:, :, :-1], rest[:, :, -1] = decay[:, :, 1:], 0.0  # no difference of sums: −inf stays −inf, never NaN
+        w.add_(rest)
+    w = _exp_(w)  # ≤ 1
+    added = w.sum(2)  # [N,M,K]
+    peak = peak.squeeze(2).to(log_dtype)  # −inf where all is masked
+    if f is not None and bool(((added < _MIN_SUM) & (peak > _NEG_INF)).any()):
+        # too coarse: the largest keys are forgotten
+        w, peak = _below_peak(k + torch.nn.functional.pad(decay[:, :, 1:], (0, 0, 0, 1)), 2)
+        w, peak = _exp_(w.to(dtype)), peak.squeeze(2)
+        added = w.sum(2)
+    log_added = peak + added.to(log_dtype).log()
+    added_mean = torch.matmul(w.transpose(2, 3), v).div_(added.clamp_min(_MIN_SUM)[..., None])
 
     # The only sequential part: N steps on [M,K] and [M,K,V].
-    log_Z = torch.empty(M, N + 1, K, dtype=log_dtype, device=k.device)
-    log_Z[:, 0] = log_Z0
+    log_Z = torch.empty(N + 1, M, K, dtype=log_dtype, device=k.device)
+    log_Z[0] = log_Z0
     for n in range(N):
-        decayed = log_Z[:, n] if total_decay is None else log_Z[:, n] + total_decay[:, n]
-        torch.logaddexp(decayed, log_added[:, n], out=log_Z[:, n + 1])
-    ref = log_Z[:, 1:]
+        decayed = log_Z[n] if total_decay is None else log_Z[n] + total_decay[n]
+        torch.logaddexp(decayed, log_added[n], out=log_Z[n + 1])
+    ref = log_Z[1:]
     finite_ref = _finite(ref)
-    mean = torch.empty(M, N + 1, K, v.shape[-1], dtype=dtype, device=k.device)
-    mean[:, 0] = mean0
+    mean = torch.empty(N + 1, M, K, v.shape[-1], dtype=dtype, device=k.device)
+    mean[0] = mean0
     share = (log_added - finite_ref).exp().to(dtype)[..., None]  # of the end state, what the chunk added
     for n in range(N):
-        torch.lerp(mean[:, n], added_mean[:, n], share[:, n], out=mean[:, n + 1])
+        torch.lerp(mean[n], added_mean[n], share[n], out=mean[n + 1])
 
-    start = log_Z[:, :-1] if total_decay is None else log_Z[:, :-1] + total_decay
+    start = log_Z[:-1] if total_decay is None else log_Z[:-1] + total_decay
     carry = (start - finite_ref).exp().to(dtype).unsqueeze(2)
     w.mul_((peak - finite_ref).exp().to(dtype).unsqueeze(2))  # now exp(k + R − ref)
     return _Chunks(q, k, v, f, rest, w, ref.unsqueeze(2), carry, log_Z, mean, _steep_chunks(k, f, rest, log_Z))
 
 
-def _steep_chunks(k: Tensor, f: Tensor | None, rest: Tensor | None, log_Z: Tensor) -> Tensor:
+def _steep_chunks(k: Tensor, f: Tensor | None, rest: Tensor | None, log_Z: Tensor) -> tuple[Tensor, Tensor]:
     """Which chunks spread by more than `_MAX_SPREAD`: from the smallest slot of the first row to the largest at the end.
 
     Seen from the chunk's end: log Z_1 + R_1 against log Z_C. Not (≤) rather than (>): a NaN is steep, too.
     """
     if k.shape[2] == 1 and k.dtype == log_Z.dtype:  # the recurrence in the widest dtype takes anything
-        return torch.empty(0, dtype=torch.long, device=k.device)
-    ref = log_Z[:, 1:]
-    first = log_Z[:, :-1] if f is None else log_Z[:, :-1] + f[:, :, 0]
-    first = torch.logaddexp(first, k[:, :, 0].to(first.dtype))  # log Z at the first row                         [M,N,K]
+        none = torch.empty(0, dtype=torch.long, device=k.device)
+        return none, none
+    ref = log_Z[1:]
+    first = log_Z[:-1] if f is None else log_Z[:-1] + f[:, :, 0]
+    first = torch.maximum(first, k[:, :, 0].to(first.dtype))  # log Z at the first row, less log 2 at most        [N,M,K]
     empty = first == _NEG_INF
     if rest is not None:
         first = first + rest[:, :, 0]
@@ -584,17 +604,18 @@ def _steep_chunks(k: Tensor, f: Tensor | None, rest: Tensor | None, log_Z: Tenso
         lowest = (k if rest is None else k + rest).masked_fill(k == _NEG_INF, float("inf")).amin(2)
         first = torch.where(empty, lowest.to(first.dtype), first)  # +inf where nothing comes, either
     spread = ref.amax(-1) - first.amin(-1)
-    return (~(spread <= _MAX_SPREAD[k.dtype])).flatten().nonzero().flatten()
+    n, m = (~(spread <= _MAX_SPREAD[k.dtype])).nonzero().unbind(1)
+    return n, m
 
 
 def _pick(x: Tensor, c: _Chunks) -> Tensor:
-    """The steep chunks of [M,N,...], each as a sequence of its own, [m,...], and in float64: they are few, and read sharply."""
-    return x.flatten(0, 1)[c.steep].to(c.ref.dtype)
+    """The steep chunks of [N,M,...], each as a sequence of its own, [m,...], and in float64: they are few, and read sharply."""
+    return x[c.steep].to(c.ref.dtype)
 
 
 def _pick_inputs(c: _Chunks) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """The steep chunks' q, k, v, f and the states at their starts: what a segment begins with."""
-    q, k, v, log_Z, mean = (_pick(x, c) for x in (c.q, c.k, c.v, c.log_Z[:, :-1], c.mean[:, :-1]))
+    q, k, v, log_Z, mean = (_pick(x, c) for x in (c.q, c.k, c.v, c.log_Z[:-1], c.mean[:-1]))
     return q, k, v, None if c.f is None else _pick(c.f, c), log_Z, mean
 
 
@@ -605,7 +626,7 @@ def _piece_size(c: _Chunks) -> int:
 
 
 def _read_exponents(c: _Chunks) -> tuple[Tensor, Tensor]:
-    """q − R + ref less a constant of each row, and that constant in the log-space dtype: [M,N,C,K], [M,N,C,1]."""
+    """q − R + ref less a constant of each row, and that constant in the log-space dtype: [N,M,C,K], [N,M,C,1]."""
     below, row_peak = _below_peak(c.q, -1)
     ref, chunk_peak = _below_peak(c.ref, -1)
     exponents = below.to(c.v.dtype).add_(ref.to(c.v.dtype))
@@ -615,27 +636,32 @@ def _read_exponents(c: _Chunks) -> tuple[Tensor, Tensor]:
 
 
 def _forward_segment(
-    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, log_Z0: Tensor, mean0: Tensor, chunk_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y [M,T,V], lse [M,T], and the end state (log_Z [M,K], mean [M,K,V])."""
-    T = v.shape[1]
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, log_Z0: Tensor, mean0: Tensor, y: Tensor, lse: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """Writes y [M,T,V] and lse [M,T]; returns the end state (log_Z [M,K], mean [M,K,V])."""
     c = _scan_chunks(q, k, v, f, log_Z0, mean0, chunk_size)
+    N, _, C, _ = c.k.shape
     exponents, r = _read_exponents(c)
     p, top = _below_peak(exponents, -1)
-    p = p.exp_()
-    r = r + _finite(top)  # [M,N,C,1]; a query of −inf reads nothing
-    A = torch.matmul(p, c.w.transpose(2, 3)).tril_()  # [M,N,C,C]
+    r = r + _finite(top)  # [N,M,C,1]; a query of −inf reads nothing
+    p = _exp_(p)
+    A = torch.matmul(p, c.w.transpose(2, 3)).tril_()  # [N,M,C,C]
     p.mul_(c.carry)  # the weights of the state at the start
     denominator = A.sum(-1, keepdim=True) + p.sum(-1, keepdim=True)
-    y = torch.matmul(A, c.v).add_(torch.matmul(p, c.mean[:, :-1]))
     empty = denominator == 0
-    y.div_(denominator.masked_fill(empty, 1.0))
-    lse = (r + denominator.to(r.dtype).log()).masked_fill(empty, float("inf")).squeeze(-1)
-    if c.steep.numel():
-        y_steep, lse_steep, _, _ = _forward_segment(*_pick_inputs(c), _piece_size(c))
-        y.flatten(0, 1)[c.steep] = y_steep.to(y.dtype)
-        lse.flatten(0, 1)[c.steep] = lse_steep
-    return y.flatten(1, 2)[:, :T], lse.flatten(1, 2)[:, :T], c.log_Z[:, -1], c.mean[:, -1]
+    y_chunks, lse_chunks = _chunks(y, N, C), _chunks(lse[..., None], N, C)
+    read = torch.matmul(A, c.v)
+    read.flatten(0, 1).baddbmm_(p.flatten(0, 1), c.mean[:-1].flatten(0, 1))
+    torch.div(read, denominator.masked_fill(empty, 1.0), out=y_chunks)
+    lse_chunks.copy_((r + denominator.to(r.dtype).log()).masked_fill_(empty, float("inf")))
+    if c.steep[0].numel():
+        inputs = _pick_inputs(c)
+        y_steep, lse_steep = torch.empty_like(inputs[2]), torch.empty_like(inputs[2][..., 0])
+        _forward_segment(*inputs, y_steep, lse_steep, _piece_size(c))
+        y_chunks[c.steep], lse_chunks[c.steep] = y_steep.to(y.dtype), lse_steep[..., None]
+    _store(y_chunks, y)
+    _store(lse_chunks, lse[..., None])
+    return c.log_Z[-1], c.mean[-1]
 
 
 def _forward(
@@ -648,8 +674,7 @@ def _forward(
     states = [(log_Z0, mean0)]
     for s in _segments(M, T, max(q.shape[-1], V), chunk_size, v.device):
         f_s = None if f is None else f[:, s]
-        y[:, s], lse[:, s], log_Z, mean = _forward_segment(q[:, s], k[:, s], v[:, s], f_s, *states[-1], chunk_size)
-        states.append((log_Z, mean))
+        states.append(_forward_segment(q[:, s], k[:, s], v[:, s], f_s, *states[-1], y[:, s], lse[:, s], chunk_size))
     log_Zs, means = zip(*states, strict=True)
     return y, lse, torch.stack(log_Zs, 1), torch.stack(means, 1)
 
@@ -667,71 +692,80 @@ def _backward_segment(
     dlse: Tensor,
     dlog_Z_end: Tensor,
     dmean_end: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor | None],
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """dq, dk, dv, df [M,T,·], dlog_Z0 [M,K] and dmean0 [M,K,V] by the equations of the module's docstring."""
-    T = q.shape[1]
+) -> tuple[Tensor, Tensor]:
+    """Writes ``gradients``, dq, dk, dv and df [M,T,·], by the equations of the module's docstring; returns dlog_Z0 [M,K] and
+    dmean0 [M,K,V]."""
     c = _scan_chunks(q, k, v, f, log_Z0, mean0, chunk_size)
-    M, N, C, K = c.k.shape
-    dtype = c.v.dtype
-    start, end = slice(None, -1), slice(1, None)  # of the states at chunk boundaries
-    y, dy, dlse = _chunks(y, N, C), _chunks(dy, N, C), _chunks(dlse[..., None], N, C)
+    N, M, C, K = c.k.shape
+    dtype = c.w.dtype
+    mean_start, mean_end = c.mean[:-1], c.mean[1:]  # of each chunk [N,M,K,V]
+    y, dy, dlse = _chunks(y, N, C), _chunks(dy, N, C).contiguous(), _chunks(dlse[..., None], N, C)
     lse = _chunks(lse[..., None], N, C, float("inf"))
     exponents, r = _read_exponents(c)
-    p = exponents.sub_((lse - r).to(dtype)).exp_()  # [M,N,C,K], ≤ exp(spread)
+    p = _exp_(exponents.sub_((lse - r).to(dtype)))  # [N,M,C,K], ≤ exp(spread)
     p_start = p * c.carry  # the weights of the state at the start
-    P = torch.matmul(p, c.w.transpose(2, 3)).tril_()  # [M,N,C,C], the attention itself
+    P = torch.matmul(p, c.w.transpose(2, 3)).tril_()  # [N,M,C,C], the attention itself
     g = torch.matmul(dy, c.v.transpose(2, 3))  # still without δ
-    g_start = torch.matmul(dy, c.mean[:, start].transpose(2, 3))  # [M,N,C,K]
+    g_start = torch.matmul(dy, mean_start.transpose(2, 3))  # [N,M,C,K]
 
     # δ as the mean of g under the attention: dy·y in exact arithmetic, but where one token has all the weight the rounding of
     # g then cancels in g − δ.
     total = P.sum(-1, keepdim=True) + p_start.sum(-1, keepdim=True)
     delta = (P * g).sum(-1, keepdim=True) + (p_start * g_start).sum(-1, keepdim=True)
-    delta = delta / total.masked_fill(total == 0, 1.0)
-    if c.steep.numel():
+    delta.div_(total.masked_fill(total == 0, 1.0))
+    if c.steep[0].numel():
         # p·carry may be inf·0 there; in the units of the chunk's start it is ≤ 1.
-        exponents = _pick(c.q, c) + _pick(c.log_Z[:, start], c).unsqueeze(1)
+        exponents = _pick(c.q, c) + _pick(c.log_Z[:-1], c).unsqueeze(1)
         if c.f is not None:
             exponents = exponents + _pick(c.f, c).cumsum(1)
-        p_start.flatten(0, 1)[c.steep] = (exponents - _pick(lse, c)).exp().to(dtype)
-        delta.flatten(0, 1)[c.steep] = (_pick(dy, c) * _pick(y, c)).sum(-1, keepdim=True).to(dtype)
-    delta = delta - dlse.to(dtype)
-    g = g.sub_(delta).tril_()
+        p_start[c.steep] = (exponents - _pick(lse, c)).exp().to(dtype)
+        delta[c.steep] = (_pick(dy, c) * _pick(y, c)).sum(-1, keepdim=True).to(dtype)
+    delta.sub_(dlse)
+    g.sub_(delta).tril_()
     x = g_start.sub_(delta).mul_(p_start)
 
     # The only sequential part: the gradients of the states, N steps backwards.
     carry = c.carry.squeeze(2)
-    dmean = torch.empty(M, N + 1, K, v.shape[-1], dtype=dtype, device=v.device)
-    dmean[:, N] = dmean_end
     added = torch.matmul(p_start.transpose(2, 3), dy)
+    dmean = torch.empty(N + 1, M, K, v.shape[-1], dtype=dtype, device=v.device)
+    dmean[N] = dmean_end
     for n in reversed(range(N)):
-        torch.addcmul(added[:, n], carry[:, n, :, None], dmean[:, n + 1], out=dmean[:, n])
-    dlog_Z = torch.empty(M, N + 1, K, dtype=dtype, device=v.device)
-    dlog_Z[:, N] = dlog_Z_end
-    added = x.sum(2) + carry * (dmean[:, end] * (c.mean[:, start] - c.mean[:, end])).sum(-1)
+        torch.addcmul(added[n], carry[n, :, :, None], dmean[n + 1], out=dmean[n])
+    dmean0, dmean = dmean[0], dmean[1:]  # from here on those at the chunks' ends
+    dlog_Z = torch.empty(N + 1, M, K, dtype=dtype, device=v.device)
+    dlog_Z[N] = dlog_Z_end
+    added = x.sum(2) + carry * (mean_start - mean_end).mul_(dmean).sum(-1)
     for n in reversed(range(N)):
-        torch.addcmul(added[:, n], carry[:, n], dlog_Z[:, n + 1], out=dlog_Z[:, n])
+        torch.addcmul(added[n], carry[n], dlog_Z[n + 1], out=dlog_Z[n])
+    dlog_Z0, dlog_Z = dlog_Z[0], dlog_Z[1:]
 
-    dv = torch.matmul(P.transpose(2, 3), dy).add_(torch.matmul(c.w, dmean[:, end]))
-    dq = torch.matmul(g, c.w).mul_(p).add_(x)
-    dk = torch.matmul(g.transpose(2, 3), p).add_(torch.matmul(c.v, dmean[:, end].transpose(2, 3)))
-    dk.add_((dlog_Z[:, end] - (dmean[:, end] * c.mean[:, end]).sum(-1)).unsqueeze(2)).mul_(c.w)
-    df = None
-    if c.f is not None:
-        df = _sum_from_end_(dq - dk).add_(dlog_Z[:, end].unsqueeze(2))
-        if c.f.shape[-1] == 1:
-            df = df.sum(-1, keepdim=True)
-    if c.steep.numel():
-        rows = (y, lse.squeeze(-1), dy, dlse.squeeze(-1), dlog_Z[:, end], dmean[:, end])
-        y, lse, dy, dlse, dlog_Z_end, dmean_end = (_pick(row, c) for row in rows)
-        parts = _backward_segment(*_pick_inputs(c), y, lse, dy, dlse, dlog_Z_end, dmean_end, _piece_size(c))
-        for whole, part in zip((dq, dk, dv, df), parts[:4], strict=True):
-            if whole is not None and part is not None:
-                whole.flatten(0, 1)[c.steep] = part.to(whole.dtype)
-    dq, dk, dv = (grad.flatten(1, 2)[:, :T] for grad in (dq, dk, dv))
-    df = None if df is None else df.flatten(1, 2)[:, :T]
-    return dq, dk, dv, df, dlog_Z[:, 0], dmean[:, 0]
+    chunks = [None if gradient is None else _chunks(gradient, N, C) for gradient in gradients]
+    dq, dk, dv, df = chunks
+    value_part = torch.matmul(P.transpose(2, 3), dy)
+    torch.add(value_part, torch.matmul(c.w, dmean), out=dv)
+    torch.addcmul(x, torch.matmul(g, c.w), p, out=dq)
+    key_part = torch.matmul(g.transpose(2, 3), p)
+    key_part.flatten(0, 1).baddbmm_(c.v.flatten(0, 1), dmean.flatten(0, 1).transpose(1, 2))
+    torch.mul(key_part.add_((dlog_Z - (dmean * mean_end).sum(-1)).unsqueeze(2)), c.w, out=dk)
+    if df is not None:
+        decay_part = dq - dk
+        decay_part[:, :, -1].add_(dlog_Z)
+        _sum_from_end_(decay_part)
+        df.copy_(decay_part if df.shape[-1] == K else decay_part.sum(-1, keepdim=True))
+    if c.steep[0].numel():
+        inputs = _pick_inputs(c)
+        rows = [_pick(row, c) for row in (y, lse.squeeze(-1), dy, dlse.squeeze(-1), dlog_Z, dmean)]
+        pieces = [None if x is None else torch.empty_like(x) for x in inputs[:4]]
+        _backward_segment(*inputs, *rows, pieces, _piece_size(c))
+        for whole, piece in zip(chunks, pieces, strict=True):
+            if whole is not None:
+                whole[c.steep] = piece.to(whole.dtype)
+    for part, gradient in zip(chunks, gradients, strict=True):
+        if gradient is not None:
+            _store(part, gradient)
+    return dlog_Z0, dmean0
 
 
 def _backward(
@@ -752,17 +786,14 @@ def _backward(
     """The gradients of q, k, v, f and of the state at the start, from what `_forward` took and gave; ``dlog_Z`` [M,K] and
     ``dmean`` [M,K,V] are those of the state at the end."""
     M, T, V = v.shape
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    df = None if f is None else torch.empty_like(f, memory_format=torch.contiguous_format)
+    inputs = (q, k, v, f)
+    gradients = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
     segments = _segments(M, T, max(q.shape[-1], V), chunk_size, v.device)
     for g, s in reversed(list(enumerate(segments))):
-        f_s = None if f is None else f[:, s]
-        inputs = (q[:, s], k[:, s], v[:, s], f_s, log_Z[:, g], mean[:, g])
-        rows = (y[:, s], lse[:, s], dy[:, s], dlse[:, s])
-        dq[:, s], dk[:, s], dv[:, s], df_s, dlog_Z, dmean = _backward_segment(*inputs, *rows, dlog_Z, dmean, chunk_size)
-        if df is not None and df_s is not None:
-            df[:, s] = df_s
-    return dq, dk, dv, df, dlog_Z, dmean
+        rows, parts = ([None if x is None else x[:, s] for x in xs] for xs in ((*inputs, y, lse, dy, dlse), gradients))
+        states = (log_Z[:, g], mean[:, g])
+        dlog_Z, dmean = _backward_segment(*rows[:4], *states, *rows[4:], dlog_Z, dmean, parts, chunk_size)
+    return *gradients, dlog_Z, dmean
 
 
 # ------------------------------------------------------------ the same as operators, which torch.compile and torch.export see whole

@@ -355,8 +355,8 @@ def test_masked_start_is_not_cut_up():
     key, value = torch.randn(1, 256, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 256, 4)
     key[:, :100] = -torch.inf
     log_Z0, mean0 = torch.full((1, 4), -torch.inf, dtype=torch.float64), torch.zeros(1, 4, 4)
-    assert not _scan_chunks(value, key, value, None, log_Z0, mean0, 64).steep.numel()
-    assert _scan_chunks(value, key * 1000, value, None, log_Z0, mean0, 64).steep.numel()
+    assert not _scan_chunks(value, key, value, None, log_Z0, mean0, 64).steep[0].numel()
+    assert _scan_chunks(value, key * 1000, value, None, log_Z0, mean0, 64).steep[0].numel()
 
 
 def test_state_after_ten_million_tokens():
