@@ -81,9 +81,11 @@ from torch import Tensor
 _CHUNK_SIZE = 64
 # How far log Z of all slots may spread in a chunk: e^60 = 1e26 leaves float32 (1e±38) room for products.
 _MAX_SPREAD = {torch.float32: 60.0, torch.float64: 600.0}
-_MIN_SUM = math.exp(-32)  # of weights whose exponents are float32 and ≤ 0: where they matter, their error is 2e-6 at most
-# Numbers of one [M,N,C,K] tensor of a segment: a dozen of a megabyte fit a CPU's cache; elsewhere launches are dear.
-_SEGMENT_SIZE = {"cpu": 2**18, "other": 2**25}
+_MIN_SUM = math.exp(
+    -32
+)  # of weights whose exponents are float32 and ≤ 0: where they matter, their error is 2e-6 at most
+# Numbers of one [N,M,C,K] tensor of a segment: a dozen of 1.5 MB fit a CPU's cache; elsewhere launches are dear.
+_SEGMENT_SIZE = {"cpu": 3 * 2**17, "other": 2**25}
 _NEG_INF = float("-inf")
 _LOG2_E = math.log2(math.e)
 _logger = logging.getLogger(__name__)
@@ -497,15 +499,11 @@ def _chunks(x: Tensor, N: int, C: int, fill: float = 0.0) -> Tensor:
     return x.view(x.shape[0], N, C, x.shape[-1]).transpose(0, 1)
 
 
-def _tokens(chunks: Tensor, T: int) -> Tensor:
-    """The way back, [N,M,C,·] → [M,T,·]."""
-    return chunks.transpose(0, 1).flatten(1, 2)[:, :T]
-
-
 def _store(chunks: Tensor, x: Tensor) -> None:
-    """What was written to ``_chunks(x, N, C)`` into ``x``, unless it is there already, since the chunks are a view."""
-    if x.shape[1] != chunks.shape[0] * chunks.shape[2]:
-        x.copy_(_tokens(chunks, x.shape[1]))
+    """Puts what was written to ``_chunks(x, N, C)`` into ``x`` [M,T,·]; nothing to do where they are a view of it."""
+    N, _, C, _ = chunks.shape
+    if x.shape[1] != N * C:
+        x.copy_(chunks.transpose(0, 1).flatten(1, 2)[:, : x.shape[1]])
 
 
 def _below_peak(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -515,8 +513,8 @@ def _below_peak(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _exp_(x: Tensor) -> Tensor:
-    """exp in place, through exp2: of the two that PyTorch has for CPUs, a third of the time, another pass included."""
-    return x.mul_(_LOG2_E).exp2_()
+    """exp in place. On a CPU exp2 takes a third of exp's time, with the pass that multiplies less than half."""
+    return x.mul_(_LOG2_E).exp2_() if x.is_cpu else x.exp_()
 
 
 def _sum_from_end_(x: Tensor) -> Tensor:
@@ -547,7 +545,9 @@ def _scan_chunks(
     rest = total_decay = None
     if f is not None:
         f = _chunks(f, N, C)
-        decay = _sum_from_end_(f.to(log_dtype, memory_format=torch.contiguous_format, copy=True))  # with the token's own
+        decay = _sum_from_end_(
+            f.to(log_dtype, memory_format=torch.contiguous_format, copy=True)
+        )  # with the token's own
         total_decay = decay[:, :, 0]  # [N,M,K or 1]
         rest = torch.empty_like(decay, dtype=dtype)
         rest[:, :, :-1], rest[:, :, -1] = decay[:, :, 1:], 0.0  # no difference of sums: −inf stays −inf, never NaN
@@ -593,7 +593,9 @@ def _steep_chunks(k: Tensor, f: Tensor | None, rest: Tensor | None, log_Z: Tenso
         return none, none
     ref = log_Z[1:]
     first = log_Z[:-1] if f is None else log_Z[:-1] + f[:, :, 0]
-    first = torch.maximum(first, k[:, :, 0].to(first.dtype))  # log Z at the first row, less log 2 at most        [N,M,K]
+    first = torch.maximum(
+        first, k[:, :, 0].to(first.dtype)
+    )  # log Z at the first row, less log 2 at most        [N,M,K]
     empty = first == _NEG_INF
     if rest is not None:
         first = first + rest[:, :, 0]
@@ -636,15 +638,22 @@ def _read_exponents(c: _Chunks) -> tuple[Tensor, Tensor]:
 
 
 def _forward_segment(
-    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, log_Z0: Tensor, mean0: Tensor, y: Tensor, lse: Tensor, chunk_size: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor | None,
+    log_Z0: Tensor,
+    mean0: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Writes y [M,T,V] and lse [M,T]; returns the end state (log_Z [M,K], mean [M,K,V])."""
     c = _scan_chunks(q, k, v, f, log_Z0, mean0, chunk_size)
     N, _, C, _ = c.k.shape
-    exponents, r = _read_exponents(c)
-    p, top = _below_peak(exponents, -1)
-    r = r + _finite(top)  # [N,M,C,1]; a query of −inf reads nothing
-    p = _exp_(p)
+    p, r = _read_exponents(c)
+    p, top = _below_peak(p, -1)
+    p, r = _exp_(p), r + _finite(top)  # r [N,M,C,1]; a query of −inf reads nothing
     A = torch.matmul(p, c.w.transpose(2, 3)).tril_()  # [N,M,C,C]
     p.mul_(c.carry)  # the weights of the state at the start
     denominator = A.sum(-1, keepdim=True) + p.sum(-1, keepdim=True)
@@ -656,7 +665,8 @@ def _forward_segment(
     lse_chunks.copy_((r + denominator.to(r.dtype).log()).masked_fill_(empty, float("inf")))
     if c.steep[0].numel():
         inputs = _pick_inputs(c)
-        y_steep, lse_steep = torch.empty_like(inputs[2]), torch.empty_like(inputs[2][..., 0])
+        y_steep = torch.empty_like(inputs[2])
+        lse_steep = y_steep.new_empty(y_steep.shape[:2])
         _forward_segment(*inputs, y_steep, lse_steep, _piece_size(c))
         y_chunks[c.steep], lse_chunks[c.steep] = y_steep.to(y.dtype), lse_steep[..., None]
     _store(y_chunks, y)
@@ -692,19 +702,19 @@ def _backward_segment(
     dlse: Tensor,
     dlog_Z_end: Tensor,
     dmean_end: Tensor,
-    gradients: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    gradients: list[Tensor],
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Writes ``gradients``, dq, dk, dv and df [M,T,·], by the equations of the module's docstring; returns dlog_Z0 [M,K] and
-    dmean0 [M,K,V]."""
+    """Writes ``gradients``, dq, dk, dv and, with f, df [M,T,·], by the equations of the module's docstring; returns dlog_Z0 [M,K]
+    and dmean0 [M,K,V]."""
     c = _scan_chunks(q, k, v, f, log_Z0, mean0, chunk_size)
     N, M, C, K = c.k.shape
     dtype = c.w.dtype
     mean_start, mean_end = c.mean[:-1], c.mean[1:]  # of each chunk [N,M,K,V]
     y, dy, dlse = _chunks(y, N, C), _chunks(dy, N, C).contiguous(), _chunks(dlse[..., None], N, C)
     lse = _chunks(lse[..., None], N, C, float("inf"))
-    exponents, r = _read_exponents(c)
-    p = _exp_(exponents.sub_((lse - r).to(dtype)))  # [N,M,C,K], ≤ exp(spread)
+    p, r = _read_exponents(c)
+    p = _exp_(p.sub_((lse - r).to(dtype)))  # [N,M,C,K], ≤ exp(spread)
     p_start = p * c.carry  # the weights of the state at the start
     P = torch.matmul(p, c.w.transpose(2, 3)).tril_()  # [N,M,C,C], the attention itself
     g = torch.matmul(dy, c.v.transpose(2, 3))  # still without δ
@@ -741,30 +751,29 @@ def _backward_segment(
         torch.addcmul(added[n], carry[n], dlog_Z[n + 1], out=dlog_Z[n])
     dlog_Z0, dlog_Z = dlog_Z[0], dlog_Z[1:]
 
-    chunks = [None if gradient is None else _chunks(gradient, N, C) for gradient in gradients]
-    dq, dk, dv, df = chunks
+    parts = [_chunks(gradient, N, C) for gradient in gradients]
+    dq, dk, dv = parts[:3]
     value_part = torch.matmul(P.transpose(2, 3), dy)
     torch.add(value_part, torch.matmul(c.w, dmean), out=dv)
     torch.addcmul(x, torch.matmul(g, c.w), p, out=dq)
     key_part = torch.matmul(g.transpose(2, 3), p)
     key_part.flatten(0, 1).baddbmm_(c.v.flatten(0, 1), dmean.flatten(0, 1).transpose(1, 2))
     torch.mul(key_part.add_((dlog_Z - (dmean * mean_end).sum(-1)).unsqueeze(2)), c.w, out=dk)
-    if df is not None:
+    if c.f is not None:
         decay_part = dq - dk
         decay_part[:, :, -1].add_(dlog_Z)
         _sum_from_end_(decay_part)
-        df.copy_(decay_part if df.shape[-1] == K else decay_part.sum(-1, keepdim=True))
+        parts[3].copy_(decay_part.sum(-1, keepdim=True) if c.f.shape[-1] == 1 else decay_part)
     if c.steep[0].numel():
         inputs = _pick_inputs(c)
-        rows = [_pick(row, c) for row in (y, lse.squeeze(-1), dy, dlse.squeeze(-1), dlog_Z, dmean)]
-        pieces = [None if x is None else torch.empty_like(x) for x in inputs[:4]]
-        _backward_segment(*inputs, *rows, pieces, _piece_size(c))
-        for whole, piece in zip(chunks, pieces, strict=True):
-            if whole is not None:
-                whole[c.steep] = piece.to(whole.dtype)
-    for part, gradient in zip(chunks, gradients, strict=True):
-        if gradient is not None:
-            _store(part, gradient)
+        rows = (y, lse.squeeze(-1), dy, dlse.squeeze(-1), dlog_Z, dmean)
+        y, lse, dy, dlse, dlog_Z, dmean = (_pick(row, c) for row in rows)
+        pieces = [torch.empty_like(x) for x in inputs[:4] if x is not None]
+        _backward_segment(*inputs, y, lse, dy, dlse, dlog_Z, dmean, pieces, _piece_size(c))
+        for part, piece in zip(parts, pieces, strict=True):
+            part[c.steep] = piece.to(part.dtype)
+    for part, gradient in zip(parts, gradients, strict=True):
+        _store(part, gradient)
     return dlog_Z0, dmean0
 
 
@@ -786,14 +795,15 @@ def _backward(
     """The gradients of q, k, v, f and of the state at the start, from what `_forward` took and gave; ``dlog_Z`` [M,K] and
     ``dmean`` [M,K,V] are those of the state at the end."""
     M, T, V = v.shape
-    inputs = (q, k, v, f)
-    gradients = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, f) if x is not None]
     segments = _segments(M, T, max(q.shape[-1], V), chunk_size, v.device)
     for g, s in reversed(list(enumerate(segments))):
-        rows, parts = ([None if x is None else x[:, s] for x in xs] for xs in ((*inputs, y, lse, dy, dlse), gradients))
-        states = (log_Z[:, g], mean[:, g])
-        dlog_Z, dmean = _backward_segment(*rows[:4], *states, *rows[4:], dlog_Z, dmean, parts, chunk_size)
-    return *gradients, dlog_Z, dmean
+        inputs = (q[:, s], k[:, s], v[:, s], None if f is None else f[:, s], log_Z[:, g], mean[:, g])
+        rows = (y[:, s], lse[:, s], dy[:, s], dlse[:, s])
+        parts = [x[:, s] for x in gradients]
+        dlog_Z, dmean = _backward_segment(*inputs, *rows, dlog_Z, dmean, parts, chunk_size)
+    dq, dk, dv = gradients[:3]
+    return dq, dk, dv, None if f is None else gradients[3], dlog_Z, dmean
 
 
 # ------------------------------------------------------------ the same as operators, which torch.compile and torch.export see whole

@@ -476,7 +476,7 @@ def products_alone(inputs: Inputs, backward: bool) -> None:
     q, k, v, dy = (x.detach().reshape(-1, CHUNK, x.shape[-1]) for x in (*inputs[:3], inputs.output_grad))
     for p, w, v_c, dy_c in zip(*(x.split(IN_CACHE) for x in (q, k, v, dy)), strict=True):  # [chunks,C,·]
         for _ in range(2 if backward else 1):  # the backward pass computes the weights anew
-            p_e, w_e = p.exp(), w.exp()
+            p_e, w_e = p.exp2(), w.exp2()  # on a CPU, a third of exp's time
             P, mean = p_e @ w_e.transpose(1, 2), w_e.transpose(1, 2) @ v_c
         (P @ v_c).baddbmm_(p_e, mean)
         if not backward:
