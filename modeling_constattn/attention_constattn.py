@@ -566,16 +566,17 @@ def _scan_chunks(
     # The only sequential part: N steps on [M,K] and [M,K,V].
     log_Z = torch.empty(N + 1, M, K, dtype=log_dtype, device=k.device)
     log_Z[0] = log_Z0
-    for n in range(N):
-        decayed = log_Z[n] if total_decay is None else log_Z[n] + total_decay[n]
-        torch.logaddexp(decayed, log_added[n], out=log_Z[n + 1])
+    for n, (before, after) in enumerate(itertools.pairwise(log_Z.unbind())):
+        decayed = before if total_decay is None else before + total_decay[n]
+        torch.logaddexp(decayed, log_added[n], out=after)
     ref = log_Z[1:]
     finite_ref = _finite(ref)
     mean = torch.empty(N + 1, M, K, v.shape[-1], dtype=dtype, device=k.device)
     mean[0] = mean0
     share = (log_added - finite_ref).exp().to(dtype)[..., None]  # of the end state, what the chunk added
-    for n in range(N):
-        torch.lerp(mean[n], added_mean[n], share[n], out=mean[n + 1])
+    steps = zip(itertools.pairwise(mean.unbind()), added_mean.unbind(), share.unbind(), strict=True)
+    for (before, after), added_n, share_n in steps:
+        torch.lerp(before, added_n, share_n, out=after)
 
     start = log_Z[:-1] if total_decay is None else log_Z[:-1] + total_decay
     carry = (start - finite_ref).exp().to(dtype).unsqueeze(2)
@@ -593,9 +594,8 @@ def _steep_chunks(k: Tensor, f: Tensor | None, rest: Tensor | None, log_Z: Tenso
         return none, none
     ref = log_Z[1:]
     first = log_Z[:-1] if f is None else log_Z[:-1] + f[:, :, 0]
-    first = torch.maximum(
-        first, k[:, :, 0].to(first.dtype)
-    )  # log Z at the first row, less log 2 at most        [N,M,K]
+    # log Z at the first row, less log 2 at most, [N,M,K]; its logaddexp would take six times as long
+    first = torch.maximum(first, k[:, :, 0].to(first.dtype))
     empty = first == _NEG_INF
     if rest is not None:
         first = first + rest[:, :, 0]
@@ -606,7 +606,7 @@ def _steep_chunks(k: Tensor, f: Tensor | None, rest: Tensor | None, log_Z: Tenso
         lowest = (k if rest is None else k + rest).masked_fill(k == _NEG_INF, float("inf")).amin(2)
         first = torch.where(empty, lowest.to(first.dtype), first)  # +inf where nothing comes, either
     spread = ref.amax(-1) - first.amin(-1)
-    n, m = (~(spread <= _MAX_SPREAD[k.dtype])).nonzero().unbind(1)
+    n, m = (~(spread <= _MAX_SPREAD[k.dtype])).nonzero(as_tuple=True)
     return n, m
 
 
@@ -625,6 +625,13 @@ def _piece_size(c: _Chunks) -> int:
     """What the steep chunks are cut into: float32 is redone in float64 first."""
     C = c.k.shape[2]
     return C if c.k.dtype != c.ref.dtype else -(-C // 2)
+
+
+def _accumulate_backwards(added: Tensor, carry: Tensor, sums: Tensor) -> None:
+    """x_n = added_n + carry_n · x_{n+1} into ``sums`` [N+1,·], whose last one is given."""
+    steps = zip(itertools.pairwise(sums.unbind()), added.unbind(), carry.unbind(), strict=True)
+    for (before, after), added_n, carry_n in reversed(list(steps)):
+        torch.addcmul(added_n, carry_n, after, out=before)
 
 
 def _read_exponents(c: _Chunks) -> tuple[Tensor, Tensor]:
@@ -741,14 +748,12 @@ def _backward_segment(
     added = torch.matmul(p_start.transpose(2, 3), dy)
     dmean = torch.empty(N + 1, M, K, v.shape[-1], dtype=dtype, device=v.device)
     dmean[N] = dmean_end
-    for n in reversed(range(N)):
-        torch.addcmul(added[n], carry[n, :, :, None], dmean[n + 1], out=dmean[n])
+    _accumulate_backwards(added, carry[..., None], dmean)
     dmean0, dmean = dmean[0], dmean[1:]  # from here on those at the chunks' ends
     dlog_Z = torch.empty(N + 1, M, K, dtype=dtype, device=v.device)
     dlog_Z[N] = dlog_Z_end
     added = x.sum(2) + carry * (mean_start - mean_end).mul_(dmean).sum(-1)
-    for n in reversed(range(N)):
-        torch.addcmul(added[n], carry[n], dlog_Z[n + 1], out=dlog_Z[n])
+    _accumulate_backwards(added, carry, dlog_Z)
     dlog_Z0, dlog_Z = dlog_Z[0], dlog_Z[1:]
 
     parts = [_chunks(gradient, N, C) for gradient in gradients]
