@@ -45,7 +45,7 @@ state.
 Segments
 --------
 A sequence is worked on segment by segment, each of as many chunks as fit the processor's cache: that bounds the memory, and on
-a CPU makes all but the products and exponentials nearly free. A segment's start state is kept for the backward pass.
+a CPU keeps what lies between the products out of main memory. A segment's start state is kept for the backward pass.
 
 Gradients
 ---------
