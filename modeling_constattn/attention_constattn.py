@@ -81,9 +81,8 @@ from torch import Tensor
 _CHUNK_SIZE = 64
 # How far log Z of all slots may spread in a chunk: e^60 = 1e26 leaves float32 (1e±38) room for products.
 _MAX_SPREAD = {torch.float32: 60.0, torch.float64: 600.0}
-_MIN_SUM = math.exp(
-    -32
-)  # of weights whose exponents are float32 and ≤ 0: where they matter, their error is 2e-6 at most
+# Of weights with float32 exponents ≤ 0: where they matter, their error is 2e-6 at most.
+_MIN_SUM = math.exp(-32)
 # Numbers of one [N,M,C,K] tensor of a segment: a dozen of 1.5 MB fit a CPU's cache; elsewhere launches are dear.
 _SEGMENT_SIZE = {"cpu": 3 * 2**17, "other": 2**25}
 _NEG_INF = float("-inf")
@@ -545,18 +544,17 @@ def _scan_chunks(
     rest = total_decay = None
     if f is not None:
         f = _chunks(f, N, C)
-        decay = _sum_from_end_(
-            f.to(log_dtype, memory_format=torch.contiguous_format, copy=True)
-        )  # with the token's own
+        # Σ_{i≥j} f_i, with the token's own; R is the next one's: no difference of sums, so that −inf stays −inf, never NaN
+        decay = _sum_from_end_(f.to(log_dtype, memory_format=torch.contiguous_format, copy=True))
         total_decay = decay[:, :, 0]  # [N,M,K or 1]
         rest = torch.empty_like(decay, dtype=dtype)
-        rest[:, :, :-1], rest[:, :, -1] = decay[:, :, 1:], 0.0  # no difference of sums: −inf stays −inf, never NaN
+        rest[:, :, :-1], rest[:, :, -1] = decay[:, :, 1:], 0.0
         w.add_(rest)
     w = _exp_(w)  # ≤ 1
     added = w.sum(2)  # [N,M,K]
     peak = peak.squeeze(2).to(log_dtype)  # −inf where all is masked
     if f is not None and bool(((added < _MIN_SUM) & (peak > _NEG_INF)).any()):
-        # too coarse: the largest keys are forgotten
+        # too coarse: the largest keys are forgotten, so once more, from float64
         w, peak = _below_peak(k + torch.nn.functional.pad(decay[:, :, 1:], (0, 0, 0, 1)), 2)
         w, peak = _exp_(w.to(dtype)), peak.squeeze(2)
         added = w.sum(2)
