@@ -1143,7 +1143,7 @@ NOTES = {  # (subcommand, group) → what bounds it, and what was tried
         "What bounds it on a CPU: every weight is read once for a token. In eager mode ConstAttn's linear layers take oneDNN's "
         "products, not MKL's, which read at half their speed on AMD processors; the rest is the launch of 110 operators in "
         "each layer. Compiled, the products of one token are sums, for which inductor makes a loop that reads at three "
-        "quarters of the memory's bandwidth. Llama with the same layers makes a token after a short context as fast, eager or "
+        "quarters of the memory's bandwidth. Llama with the same layers makes a token after 256 others a little faster, eager or "
         "compiled: its attention is cheap there, its matrices are fewer and wider, and its layer has 72 operators. Tried "
         "before: inductor's max_autotune with its C++ templates, freezing (no change), transposed weights (faster for wide "
         "matrices only), sums for several rows at once (each row reads the weights anew: slower than oneDNN from four on). "
