@@ -625,11 +625,20 @@ def _piece_size(c: _Chunks) -> int:
     return C if c.k.dtype != c.ref.dtype else -(-C // 2)
 
 
-def _accumulate_backwards(added: Tensor, carry: Tensor, sums: Tensor) -> None:
-    """x_n = added_n + carry_n · x_{n+1} into ``sums`` [N+1,·], whose last one is given."""
+def _add_product_(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x + a b in place, for [N,M,·,·]."""
+    x.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+    return x
+
+
+def _accumulate_backwards(added: Tensor, carry: Tensor, last: Tensor) -> Tensor:
+    """x_n = added_n + carry_n · x_{n+1} from the last one on: [N,·] → [N+1,·]."""
+    sums = added.new_empty(len(added) + 1, *last.shape)
+    sums[-1] = last
     steps = zip(itertools.pairwise(sums.unbind()), added.unbind(), carry.unbind(), strict=True)
     for (before, after), added_n, carry_n in reversed(list(steps)):
         torch.addcmul(added_n, carry_n, after, out=before)
+    return sums
 
 
 def _read_exponents(c: _Chunks) -> tuple[Tensor, Tensor]:
@@ -664,8 +673,7 @@ def _forward_segment(
     denominator = A.sum(-1, keepdim=True) + p.sum(-1, keepdim=True)
     empty = denominator == 0
     y_chunks, lse_chunks = _chunks(y, N, C), _chunks(lse[..., None], N, C)
-    read = torch.matmul(A, c.v)
-    read.flatten(0, 1).baddbmm_(p.flatten(0, 1), c.mean[:-1].flatten(0, 1))
+    read = _add_product_(torch.matmul(A, c.v), p, c.mean[:-1])
     torch.div(read, denominator.masked_fill(empty, 1.0), out=y_chunks)
     lse_chunks.copy_((r + denominator.to(r.dtype).log()).masked_fill_(empty, float("inf")))
     if c.steep[0].numel():
@@ -713,7 +721,7 @@ def _backward_segment(
     """Writes ``gradients``, dq, dk, dv and, with f, df [M,T,·], by the equations of the module's docstring; returns dlog_Z0 [M,K]
     and dmean0 [M,K,V]."""
     c = _scan_chunks(q, k, v, f, log_Z0, mean0, chunk_size)
-    N, M, C, K = c.k.shape
+    N, _, C, _ = c.k.shape
     dtype = c.w.dtype
     mean_start, mean_end = c.mean[:-1], c.mean[1:]  # of each chunk [N,M,K,V]
     y, dy, dlse = _chunks(y, N, C), _chunks(dy, N, C).contiguous(), _chunks(dlse[..., None], N, C)
@@ -744,23 +752,17 @@ def _backward_segment(
     # The only sequential part: the gradients of the states, N steps backwards.
     carry = c.carry.squeeze(2)
     added = torch.matmul(p_start.transpose(2, 3), dy)
-    dmean = torch.empty(N + 1, M, K, v.shape[-1], dtype=dtype, device=v.device)
-    dmean[N] = dmean_end
-    _accumulate_backwards(added, carry[..., None], dmean)
+    dmean = _accumulate_backwards(added, carry[..., None], dmean_end)
     dmean0, dmean = dmean[0], dmean[1:]  # from here on those at the chunks' ends
-    dlog_Z = torch.empty(N + 1, M, K, dtype=dtype, device=v.device)
-    dlog_Z[N] = dlog_Z_end
     added = x.sum(2) + carry * (mean_start - mean_end).mul_(dmean).sum(-1)
-    _accumulate_backwards(added, carry, dlog_Z)
+    dlog_Z = _accumulate_backwards(added, carry, dlog_Z_end)
     dlog_Z0, dlog_Z = dlog_Z[0], dlog_Z[1:]
 
     parts = [_chunks(gradient, N, C) for gradient in gradients]
     dq, dk, dv = parts[:3]
-    value_part = torch.matmul(P.transpose(2, 3), dy)
-    torch.add(value_part, torch.matmul(c.w, dmean), out=dv)
+    torch.add(torch.matmul(P.transpose(2, 3), dy), torch.matmul(c.w, dmean), out=dv)
     torch.addcmul(x, torch.matmul(g, c.w), p, out=dq)
-    key_part = torch.matmul(g.transpose(2, 3), p)
-    key_part.flatten(0, 1).baddbmm_(c.v.flatten(0, 1), dmean.flatten(0, 1).transpose(1, 2))
+    key_part = _add_product_(torch.matmul(g.transpose(2, 3), p), c.v, dmean.transpose(2, 3))
     torch.mul(key_part.add_((dlog_Z - (dmean * mean_end).sum(-1)).unsqueeze(2)), c.w, out=dk)
     if c.f is not None:
         decay_part = dq - dk
