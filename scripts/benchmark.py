@@ -64,8 +64,8 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 import transformers
-from mixers import linear_attention
-from staging import staged_file
+from lib.mixers import linear_attention
+from lib.staging import staged_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import architecture, has_weights, load_config
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from staging import staged_file
+from lib.checkpoints import architecture, has_weights, load_config
+from lib.staging import staged_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modeling_constattn import cache_nbytes

@@ -33,11 +33,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import train
 import yaml
-from checkpoints import load_config, load_model
-from staging import staged_file
-from tasks import TASKS
+from lib import training
+from lib.checkpoints import load_config, load_model
+from lib.staging import staged_file
+from lib.tasks import TASKS
 from transformers import AutoModelForMaskedLM, ModernBertConfig
 
 from modeling_constattn import ConstAttnConfig
@@ -71,14 +71,16 @@ def main(arguments: list[str] | None = None) -> dict:
         "eval_data": options.docs / "heldout.jsonl",
         "training.output_dir": options.work,
     }
-    run = train.read_run(RUN, [f"{key}={value}" for key, value in overrides.items()] + (QUICK if options.quick else []))
+    run = training.read_run(
+        RUN, [f"{key}={value}" for key, value in overrides.items()] + (QUICK if options.quick else [])
+    )
     if options.steps:
         run.training["max_steps"] = options.steps
-    args, _ = train.training_arguments(run)
+    args, _ = training.training_arguments(run)
 
     base = QUICK_MODEL if options.quick else load_config(ROOT / run.model)
-    documents, held_out = train.read_documents(run, args)
-    tokenizer = train.train_tokenizer(documents, base.vocab_size, with_mask=True)
+    documents, held_out = training.read_documents(run, args)
+    tokenizer = training.train_tokenizer(documents, base.vocab_size, with_mask=True)
     tokenizer.save_pretrained(options.work / "tokenizer")
     base.pad_token_id = tokenizer.pad_token_id
     data = TASKS["masked-lm"].prepare(run, documents, held_out, tokenizer, args.seed, print)
@@ -206,15 +208,15 @@ def parameter_count(config: Any) -> int:
 # Training and measuring
 
 
-def trained(name: str, config: Any, rate: float, run: train.Run, work: Path) -> Path:
+def trained(name: str, config: Any, rate: float, run: training.Run, work: Path) -> Path:
     """The folder of the trained model, which is trained now unless it is there with the same settings."""
     folder = work / f"{name.replace(' ', '-').replace(':', '')}-{rate:g}"
-    training = {"learning_rate": rate, "output_dir": str(folder / "model"), "save_strategy": "no"}
+    own_training = {"learning_rate": rate, "output_dir": str(folder / "model"), "save_strategy": "no"}
     own = dataclasses.replace(
-        run, model=str(folder / "config"), tokenizer=str(work / "tokenizer"), training=run.training | training
+        run, model=str(folder / "config"), tokenizer=str(work / "tokenizer"), training=run.training | own_training
     )
     own.training.pop("save_steps", None)
-    others = train.keys_of_other_tasks(own.task)
+    others = training.keys_of_other_tasks(own.task)
     keys = {key: value for key, value in dataclasses.asdict(own).items() if value is not None and key not in others}
     settings = yaml.safe_dump({"run": keys, "config": config.to_json_string()})
     file = folder / "settings.yaml"
@@ -223,7 +225,7 @@ def trained(name: str, config: Any, rate: float, run: train.Run, work: Path) -> 
         return folder / "model"
     config.save_pretrained(folder / "config")
     (folder / "run.yaml").write_text(yaml.safe_dump(keys))
-    train.main([str(folder / "run.yaml")])
+    training.train(training.read_run(folder / "run.yaml", []))
     file.write_text(settings)
     return folder / "model"
 

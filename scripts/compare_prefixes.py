@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import load_model, load_tokenizer
-from documents import load_documents, start_token_id, token_ids
-from staging import staged
+from lib.checkpoints import load_model, load_tokenizer
+from lib.documents import load_documents, start_token_id, token_ids
+from lib.staging import staged
 from tqdm.auto import tqdm
 from transformers import Cache
 

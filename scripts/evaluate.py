@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import load_model, load_tokenizer
-from documents import encode_chat, load_documents, marks_answers, source_names, start_token_id, token_ids
-from staging import staged_file
+from lib.checkpoints import load_model, load_tokenizer
+from lib.documents import encode_chat, load_documents, marks_answers, source_names, start_token_id, token_ids
+from lib.staging import staged_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -112,7 +112,7 @@ def score(model: Any, tokens: Iterator[tuple[int, int]]) -> tuple[float, int]:
 def load_metric() -> Any:
     # This script has the name of the library that it uses, and Python looks into the script's folder first.
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != SCRIPTS] + [str(SCRIPTS)]
-    return importlib.import_module("evaluate").load(str(SCRIPTS / "bits_per_byte"), keep_in_memory=True)
+    return importlib.import_module("evaluate").load(str(SCRIPTS / "lib/bits_per_byte"), keep_in_memory=True)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from checkpoints import load_model, load_tokenizer
-from documents import start_token_id, token_ids
+from lib.checkpoints import load_model, load_tokenizer
+from lib.documents import start_token_id, token_ids
 from transformers import Cache, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from modeling_constattn import ConstAttnCacheLayer, cache_nbytes

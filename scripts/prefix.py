@@ -19,9 +19,9 @@ from types import SimpleNamespace
 from typing import Any, TextIO, cast
 
 import torch
-from checkpoints import load_model, load_tokenizer
-from documents import start_token_id, token_ids
 from generate import add_options, check_options, open_prompt, prefill, stream
+from lib.checkpoints import load_model, load_tokenizer
+from lib.documents import start_token_id, token_ids
 from tqdm.auto import tqdm
 
 from modeling_constattn import load_cache, read_cache_header, save_cache

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import transformers
 from card import make_card
-from checkpoints import architecture, load_config, load_model, load_tokenizer, reason
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from staging import staged
+from lib.checkpoints import architecture, load_config, load_model, load_tokenizer, reason
+from lib.staging import staged
 
 
 def main(arguments: list[str] | None = None) -> Path:

@@ -29,7 +29,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from staging import staged
+from lib.staging import staged
 
 # Tests and fixtures, two programs without a documented interface, and what is not the standard library.
 SKIPPED = {

@@ -13,10 +13,10 @@ import lzma
 from pathlib import Path
 
 import numpy as np
-from checkpoints import load_model, load_tokenizer
-from documents import token_ids
 from generate import prefill
-from staging import staged_file
+from lib.checkpoints import load_model, load_tokenizer
+from lib.documents import token_ids
+from lib.staging import staged_file
 
 from modeling_constattn import cache_nbytes
 

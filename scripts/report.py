@@ -39,18 +39,17 @@ from pathlib import Path
 from typing import Any
 
 import benchmark
-import criteria as decisions
 import python_docs
-import stability
 import torch
-import train
 import transformers
 import yaml
-from checkpoints import load_config, load_model
-from criteria import Criterion, Figure
-from documents import load_documents, source_names
-from mixers import VariantConfig, VariantForCausalLM, parameter_count
-from report_page import (
+from lib import criteria as decisions
+from lib import stability, training
+from lib.checkpoints import load_config, load_model
+from lib.criteria import Criterion, Figure
+from lib.documents import load_documents, source_names
+from lib.mixers import VariantConfig, VariantForCausalLM, parameter_count
+from lib.report_page import (
     CHUNKS,
     DECODE,
     LINEAR,
@@ -63,8 +62,8 @@ from report_page import (
     VARIANTS,
     write_report,
 )
-from staging import staged, staged_file
-from tasks import TASKS
+from lib.staging import staged, staged_file
+from lib.tasks import TASKS
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -287,15 +286,15 @@ def read_text(options: argparse.Namespace, plan: Plan, work: Work) -> Text:
         with staged(folder) as new:
             for part, content in zip(("train", "heldout"), lines, strict=True):
                 (new / f"{part}.jsonl").write_text("".join(content))
-            train.train_tokenizer([{"text": text} for text in train_texts], base.vocab_size).save_pretrained(
+            training.train_tokenizer([{"text": text} for text in train_texts], base.vocab_size).save_pretrained(
                 new / "tokenizer"
             )
     run = dataclasses.replace(
-        train.read_run(RUN, []), data=str(folder / "train.jsonl"), eval_data=str(folder / "heldout.jsonl")
+        training.read_run(RUN, []), data=str(folder / "train.jsonl"), eval_data=str(folder / "heldout.jsonl")
     )
     run.training |= {"output_dir": str(work.folder), "max_steps": plan.steps}
-    tokenizer = train.load_tokenizer(str(folder / "tokenizer"))
-    documents, held_out = train.read_documents(run, train.training_arguments(run)[0])
+    tokenizer = training.load_tokenizer(str(folder / "tokenizer"))
+    documents, held_out = training.read_documents(run, training.training_arguments(run)[0])
     # ends here where there is too little
     data: Any = TASKS[run.task].prepare(run, documents, held_out, tokenizer, 0, print)
     base = type(base).from_dict(base.to_dict() | {"vocab_size": math.ceil(len(tokenizer) / 64) * 64})
@@ -523,8 +522,8 @@ def quality(configs: dict[str, Any], text: Text, plan: Plan, work: Work) -> dict
 
 def trained(name: str, config: Any, rate: float, seed: int, text: Text, plan: Plan, work: Work) -> dict:
     """The run of one model, whose folder it names; an interrupted training goes on from its checkpoint."""
-    training = plan.training | {"learning_rate": rate, "seed": seed, "max_steps": plan.steps}
-    settings = {"config": described(config), "text": text.folder.name, "training": training, "versions": versions()}
+    own_training = plan.training | {"learning_rate": rate, "seed": seed, "max_steps": plan.steps}
+    settings = {"config": described(config), "text": text.folder.name, "training": own_training, "versions": versions()}
     title = f"training {name} {rate:g} {seed}"
     folder = work.file(title, settings).with_suffix("")
     last = folder / f"model/checkpoint-{plan.steps}"
@@ -543,9 +542,9 @@ def trained(name: str, config: Any, rate: float, seed: int, text: Text, plan: Pl
             shutil.rmtree(last)  # all steps are made, and resumed it would make one more: it starts anew
         if any((folder / "model").glob("checkpoint-*")):
             own["resume_from_checkpoint"] = True
-        run["training"] = run["training"] | training | own
+        run["training"] = run["training"] | own_training | own
         (folder / "run.yaml").write_text(yaml.safe_dump(run))
-        summary = train.main([str(folder / "run.yaml")])
+        summary = training.train(training.read_run(folder / "run.yaml", []))
         history = json.loads((last / "trainer_state.json").read_text())["log_history"]
         shutil.rmtree(last)
         return {

@@ -42,11 +42,11 @@ import jinja2
 import psutil
 import torch
 import uvicorn
-from checkpoints import load_model, load_tokenizer
-from documents import start_token_id
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from lib.checkpoints import load_model, load_tokenizer
+from lib.documents import start_token_id
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from torch import Tensor

@@ -29,11 +29,11 @@ from typing import Any
 import numpy as np
 import torch
 from benchmark import digits, markdown_table
-from checkpoints import load_model, load_tokenizer
-from criteria import Criterion, Figure, amount, judge, read_thresholds, verdict
-from documents import load_documents, source_names, start_token_id
-from report_page import finite
-from staging import staged_file
+from lib.checkpoints import load_model, load_tokenizer
+from lib.criteria import Criterion, Figure, amount, judge, read_thresholds, verdict
+from lib.documents import load_documents, source_names, start_token_id
+from lib.report_page import finite
+from lib.staging import staged_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 

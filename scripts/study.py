@@ -4,7 +4,7 @@
     python scripts/study.py configuration/training/study/*.yaml --workers 2
     python scripts/study.py configuration/training/study/quick.yaml --output runs/study
 
-A study file names tasks, mixers (scripts/mixers.py) and the grid of both, with seeds and learning rates. Every cell of the
+A study file names tasks, mixers (scripts/lib/mixers.py) and the grid of both, with seeds and learning rates. Every cell of the
 grid is one training; its result is one line of results.jsonl in --output, and a cell that has one with the same settings is
 not run again: a run that is stopped loses the cells it was at. Then README.md and the plots are made anew, of the studies named.
 
@@ -33,13 +33,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-import mixers
-import recall
 import torch
 import torch.nn.functional as F
 import yaml
+from lib import mixers, recall
+from lib.staging import staged_file
 from python_docs import is_held_out, sources
-from staging import staged_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import train
 from conftest import ROOT
 from datasets import Dataset
+from lib import training
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, StaticCache
 
 from modeling_constattn import ConstAttnConfig, ConstAttnForCausalLM
@@ -46,7 +46,7 @@ def ids():
 
 @pytest.fixture(scope="module")
 def tokenizer(texts) -> PreTrainedTokenizerFast:
-    tokenizer = train.train_tokenizer([{"text": text} for text in texts], 320)
+    tokenizer = training.train_tokenizer([{"text": text} for text in texts], 320)
     tokenizer.chat_template = (
         "{% for message in messages %}<{{ message.role }}>{{ message.content }}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def test_the_metric_by_hand():
-    metric = evaluate.load(str(ROOT / "scripts/bits_per_byte"))
+    metric = evaluate.load(str(ROOT / "scripts/lib/bits_per_byte"))
     result = metric.compute(nll=[3.0, 5.0], tokens=[2, 2], bytes=[7, 9])
     assert result == pytest.approx({"loss": 2.0, "perplexity": math.exp(2), "bits_per_byte": 8 / 16 / math.log(2)})
     assert metric.compute(nll=[1e6], tokens=[1], bytes=[1])["perplexity"] == math.inf

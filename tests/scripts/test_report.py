@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("matplotlib", reason="scripts/benchmark.py draws plots: pip install -e '.[report]'")
 
 import report
-import report_page
 import torch
-from checkpoints import load_model
-from report_page import LINEAR, LOG_VALUES, OURS, PAPER, SOFTMAX, SOFTPLUS
+from lib import report_page
+from lib.checkpoints import load_model
+from lib.report_page import LINEAR, LOG_VALUES, OURS, PAPER, SOFTMAX, SOFTPLUS
 from transformers import AutoModelForCausalLM
 
 from modeling_constattn import ConstAttnConfig
@@ -165,7 +165,7 @@ def test_an_interrupted_training_goes_on(made: int, folders: Folders, monkeypatc
     before = json.loads(file.read_text())["result"]
     file.unlink()
     model = file.with_suffix("") / "model"
-    step, save, steps = report.train.Trainer.training_step, report.train.save, []
+    step, save, steps = report.training.Trainer.training_step, report.training.save, []
 
     def stopped(*args, **kwargs):
         raise KeyboardInterrupt
@@ -177,19 +177,21 @@ def test_an_interrupted_training_goes_on(made: int, folders: Folders, monkeypatc
         return step(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(report.train.Trainer, "training_step", counted)
+        patch.setattr(report.training.Trainer, "training_step", counted)
         patch.setattr(report.train, "save", stopped)
         with pytest.raises(KeyboardInterrupt):
             folders.run()
     assert [folder.name for folder in model.glob("checkpoint-*")] == [f"checkpoint-{made}"]
     steps.clear()
-    monkeypatch.setattr(report.train.Trainer, "training_step", lambda *args, **kw: steps.append(1) or step(*args, **kw))
+    monkeypatch.setattr(
+        report.training.Trainer, "training_step", lambda *args, **kw: steps.append(1) or step(*args, **kw)
+    )
     folders.run()
     assert len(steps) == (1 if made == 1 else 2)
     after = json.loads(file.read_text())["result"]
     assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
     assert [row["step"] for row in after["history"]] == [1, 2]
-    assert save is report.train.save and not list(model.glob("checkpoint-*"))
+    assert save is report.training.save and not list(model.glob("checkpoint-*"))
 
 
 def test_a_folder_of_something_else(folders: Folders, tmp_path: Path):

@@ -8,11 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tasks
 import torch
 import train
 from datasets import Dataset
-from documents import load_documents
+from lib import tasks, training
+from lib.documents import load_documents
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -90,9 +90,9 @@ def classifier(classifier_run: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def prepare(run_file: Path, *overrides: str) -> tuple[tasks.Data, PreTrainedTokenizerFast]:
-    run = train.read_run(run_file, ["training.output_dir=unused", *overrides])
+    run = training.read_run(run_file, ["training.output_dir=unused", *overrides])
     documents = load_documents(run.data)
-    tokenizer = train.train_tokenizer(documents, 320, with_mask=True)
+    tokenizer = training.train_tokenizer(documents, 320, with_mask=True)
     return tasks.masked_lm(run, documents, documents, tokenizer, 1, silent), tokenizer
 
 
@@ -102,13 +102,13 @@ def test_masked_training_learns(masked: Path):
     assert "eval_accuracy" not in result
     assert result["run"]["mlm_probability"] == 0.3
     assert "label_column" not in result["run"]
-    assert train.read_run(masked / "training.yaml", []) == train.Run(**result["run"])
+    assert training.read_run(masked / "training.yaml", []) == training.Run(**result["run"])
 
 
 def test_the_held_out_loss_is_that_of_the_hidden_tokens(masked: Path, masked_run: Path):
     """The loss that train.py reports, computed anew; all its 64-token blocks are asked the same as then."""
-    run = train.read_run(masked / "training.yaml", ["training.per_device_eval_batch_size=1000"])
-    documents, held_out = train.read_documents(run, train.training_arguments(run)[0])
+    run = training.read_run(masked / "training.yaml", ["training.per_device_eval_batch_size=1000"])
+    documents, held_out = training.read_documents(run, training.training_arguments(run)[0])
     tokenizer = AutoTokenizer.from_pretrained(masked)
     data = tasks.masked_lm(run, documents, held_out, tokenizer, run.training["seed"], silent)
     batch = data.collate(list(data.held_out))
@@ -216,7 +216,7 @@ def test_a_classifier_learns(classifier: Path):
     assert config.id2label == {0: "fruit", 1: "tool"}
     assert config.label2id == {"fruit": 0, "tool": 1}
     assert config.problem_type == "single_label_classification"
-    assert train.read_run(classifier / "training.yaml", []) == train.Run(**result["run"])
+    assert training.read_run(classifier / "training.yaml", []) == training.Run(**result["run"])
 
 
 def test_text_classification(classifier: Path):
@@ -229,9 +229,9 @@ def test_text_classification(classifier: Path):
 
 
 def test_batches_are_padded_with_a_mask(classifier_run: Path):
-    run = train.read_run(classifier_run, ["training.output_dir=unused"])
+    run = training.read_run(classifier_run, ["training.output_dir=unused"])
     documents = load_documents(run.data, "body", label_column="kind")
-    tokenizer = train.train_tokenizer(documents, 320)
+    tokenizer = training.train_tokenizer(documents, 320)
     lines: list[str] = []
     data = tasks.sequence_classification(run, documents, None, tokenizer, 1, lines.append)
     batch = data.collate([data.rows[number] for number in (0, 11)])
@@ -300,8 +300,8 @@ def test_labels_from_csv_are_numbers_in_their_order(tmp_path: Path):
         writer.writerows([[f"text, {number}", number] for number in (10, 2, -1, 2)])
     documents = load_documents(str(file), label_column="label")
     assert list(documents)[:2] == [{"text": "text, 10", "label": "10"}, {"text": "text, 2", "label": "2"}]
-    tokenizer = train.train_tokenizer(documents, 300)
-    run = train.Run(model="", data=str(file), task="sequence-classification")
+    tokenizer = training.train_tokenizer(documents, 300)
+    run = training.Run(model="", data=str(file), task="sequence-classification")
     data = tasks.sequence_classification(run, documents, None, tokenizer, 1, silent)
     assert data.labels == ["-1", "2", "10"]
     assert data.rows["labels"][:] == [2, 1, 0, 1]
@@ -312,9 +312,11 @@ def test_empty_texts_are_left_out(tmp_path: Path):
     content = [("a", "one"), ("b", ""), ("b", "two"), ("a", None)]
     file.write_text("".join(json.dumps({"label": label, "text": text}) + "\n" for label, text in content))
     documents = load_documents(str(file), label_column="label")
-    run = train.Run(model="", data=str(file), task="sequence-classification")
+    run = training.Run(model="", data=str(file), task="sequence-classification")
     lines: list[str] = []
-    data = tasks.sequence_classification(run, documents, None, train.train_tokenizer(documents, 300), 1, lines.append)
+    data = tasks.sequence_classification(
+        run, documents, None, training.train_tokenizer(documents, 300), 1, lines.append
+    )
     assert data.rows["labels"][:] == [0, 1]
     assert lines[0].endswith("2 are empty and left out")
 

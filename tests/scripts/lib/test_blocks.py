@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import train
-from blocks import BlockTrainer
+from lib.blocks import BlockTrainer
 from transformers import DynamicCache, Trainer, TrainingArguments
 
 from modeling_constattn import ConstAttnCacheLayer, ConstAttnConfig, ConstAttnForCausalLM

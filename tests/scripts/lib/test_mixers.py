@@ -1,7 +1,7 @@
-import mixers
 import pytest
 import torch
 import torch.nn.functional as F
+from lib import mixers
 from transformers import AutoModelForCausalLM
 
 from modeling_constattn import cache_nbytes, quadratic_attention

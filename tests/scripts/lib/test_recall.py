@@ -1,6 +1,6 @@
 import pytest
-import recall
 import torch
+from lib import recall
 
 IGNORED = recall.IGNORED
 

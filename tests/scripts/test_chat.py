@@ -9,15 +9,14 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import documents
 import generate
 import pytest
-import tasks
 import torch
 import train
 from conftest import ROOT
 from datasets import Dataset
 from hub import Hub
+from lib import documents, tasks, training
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -136,7 +135,7 @@ def test_a_template_that_marks_no_answers(tokenizer: PreTrainedTokenizerFast, tr
 
 def test_a_batch_is_padded_and_padding_does_not_count(tokenizer: PreTrainedTokenizerFast, chats: Path, trained: Path):
     """The loss of a padded batch is that of its rows one by one."""
-    run = train.read_run(ROOT / "configuration/training/tiny-chat-lora.yaml", [f"chat_template={TEMPLATE}"])
+    run = training.read_run(ROOT / "configuration/training/tiny-chat-lora.yaml", [f"chat_template={TEMPLATE}"])
     data = tasks.chat(run, documents.load_documents(str(chats), "messages", chat=True), None, tokenizer, 0, print)
     rows = [data.rows[number] for number in range(6)]
     assert len({len(row["input_ids"]) for row in rows}) > 1
@@ -255,7 +254,7 @@ def test_bad_input(
 def test_lora_without_peft(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(SystemExit, match=r"lora needs PEFT: pip install -e '\.\[peft\]'"):
-        train.add_lora(None, {}, None)
+        training.add_lora(None, {}, None)
 
 
 def test_a_checkpoint_that_cannot_chat(trained: Path, chats: Path, evaluate_script: ModuleType):

@@ -1,6 +1,6 @@
 """Loss, perplexity and bits per byte of documents, from what a language model says of each: an `evaluate` metric.
 
-metric = evaluate.load("scripts/bits_per_byte")    # a local folder: nothing is fetched
+metric = evaluate.load("scripts/lib/bits_per_byte")    # a local folder: nothing is fetched
 metric.compute(nll=[1730.5, 96.2], tokens=[812, 40], bytes=[2950, 131])
 """
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from documents import load_documents, source_names, split_text, token_ids, tokenise_documents
+from lib.documents import load_documents, source_names, split_text, token_ids, tokenise_documents
+from lib.training import train_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from train import train_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 TEXTS = ["First document.\n\n  Two lines of it.\n", "Zweites Dokument – mit Umlaut ü.", "third"]

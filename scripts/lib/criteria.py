@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from train import read_mapping
+from lib.runs import read_mapping
 
 
 @dataclass(frozen=True)

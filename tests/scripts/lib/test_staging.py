@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from staging import staged, staged_file
+from lib.staging import staged, staged_file
 
 
 def test_a_folder_that_fails_half_way_leaves_the_good_one(tmp_path: Path):

@@ -17,13 +17,14 @@ import benchmark
 import jinja2
 import matplotlib
 import numpy as np
-import stability
 from benchmark import digits
-from criteria import amount
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from staging import staged
+
+from lib import stability
+from lib.criteria import amount
+from lib.staging import staged
 
 # The contenders and what they are measured at, as the report calls them.
 OURS, SOFTMAX, LINEAR = "ConstAttn", "softmax", "elu+1"
@@ -31,7 +32,7 @@ SOFTPLUS, LOG_VALUES, PAPER = "softplus values", "log-values", "paper's model"
 DECODE, STEP, VARIANTS = "one token", "one training step", "one training step of variants"
 CHUNKS = "chunks"
 
-TEMPLATES = Path(__file__).resolve().parent.parent / "configuration/report"
+TEMPLATES = Path(__file__).resolve().parents[2] / "configuration/report"
 INK = "#0a0b0c"  # stands for the colour of the text
 COLOURS = ("#d1495b", "#3a86c8", "#2a9d6f", "#b07cc6", "#d08c2e", "#7d8a97")  # to be told apart on white and on black
 DASHES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)))

@@ -4,9 +4,9 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="scripts/benchmark.py draws plots: pip install -e '.[report]'")
 
-import stability
 import torch
-from stability import APPROXIMATIONS, FORMS, HARD_KEYS
+from lib import stability
+from lib.stability import APPROXIMATIONS, FORMS, HARD_KEYS
 
 from modeling_constattn import ConstAttnConfig, ConstAttnForCausalLM, constant_attention, scan_attention
 

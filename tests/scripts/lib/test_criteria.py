@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from criteria import Criterion, Figure, amount, judge, read_thresholds, verdict
+from lib.criteria import Criterion, Figure, amount, judge, read_thresholds, verdict
 
 CRITERIA = {"gap": Criterion("loss above", "%"), "saved": Criterion("cache saved", "%", at_most=False)}
 

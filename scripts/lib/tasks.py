@@ -7,17 +7,16 @@ Language models read blocks: the documents in a row, cut every `block_size` toke
 each, classifiers one document.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from documents import encode_chat, encode_documents, marks_answers, start_token_id
+from lib.documents import encode_chat, encode_documents, marks_answers, start_token_id
+from lib.runs import Run
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -29,9 +28,6 @@ from transformers import (
     EvalPrediction,
     PreTrainedTokenizerBase,
 )
-
-if TYPE_CHECKING:
-    from train import Run
 
 
 @dataclass

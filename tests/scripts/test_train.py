@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tasks
 import torch
 import train
 import yaml
 from conftest import ROOT
 from datasets import Dataset
-from documents import load_documents
+from lib import tasks, training
+from lib.documents import load_documents
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
@@ -55,7 +55,7 @@ def test_the_folder_is_complete(trained: Path, run_file: Path, texts: list[str])
     assert result["parameters"] == model.num_parameters()
     assert (result["base_model"], result["data"], result["eval_data"]) == (None, ["docs.jsonl"], ["docs.jsonl"])
     assert result["versions"]["torch"] == torch.__version__
-    assert train.read_run(trained / "training.yaml", []) == train.Run(**result["run"])
+    assert training.read_run(trained / "training.yaml", []) == training.Run(**result["run"])
     assert result["run"]["training"]["learning_rate"] == 1e-2  # written 1e-2, which YAML 1.1 takes for text
 
 
@@ -114,7 +114,7 @@ def test_streaming_trains_on_the_same_text(run_file: Path, docs: Path, tmp_path:
 
 
 def test_blocks_are_the_documents_in_a_row(texts: list[str], capsys: pytest.CaptureFixture):
-    tokenizer = train.train_tokenizer([{"text": text} for text in texts], 320)
+    tokenizer = training.train_tokenizer([{"text": text} for text in texts], 320)
     documents = Dataset.from_list([{"text": text} for text in texts])
     blocks = tasks.pack(documents, tokenizer, 64, "training", streaming=False, say=print)
     row = [token for text in texts for token in [tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]]
@@ -126,14 +126,14 @@ def test_blocks_are_the_documents_in_a_row(texts: list[str], capsys: pytest.Capt
 
 
 def test_every_token_is_a_label_the_end_of_text_too(texts: list[str]):
-    tokenizer = train.train_tokenizer([{"text": text} for text in texts], 320)
+    tokenizer = training.train_tokenizer([{"text": text} for text in texts], 320)
     tokenizer.pad_token = tokenizer.eos_token
     batch = tasks.collate([{"input_ids": [tokenizer.eos_token_id, 5, 6]}])
     assert batch["labels"].tolist() == [[tokenizer.eos_token_id, 5, 6]]
 
 
 def test_a_tokenizer_with_two_ends_marks_both(texts: list[str]):
-    tokenizer = train.train_tokenizer([{"text": text} for text in texts], 320)
+    tokenizer = training.train_tokenizer([{"text": text} for text in texts], 320)
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     documents = Dataset.from_list([{"text": "ab"}, {"text": "c"}])
     (block,) = tasks.packed_blocks(documents, tokenizer, 64)
@@ -144,16 +144,16 @@ def test_a_tokenizer_with_two_ends_marks_both(texts: list[str]):
 def test_held_out_documents_are_others_and_always_the_same(run_file: Path, docs: Path, tmp_path: Path):
     def split(seed: int) -> tuple[list[str], list[str]]:
         settings = [f"training.output_dir={tmp_path}", f"training.seed={seed}", "eval_fraction=0.3"]
-        run = train.read_run(run_file, settings)
-        parts = train.read_documents(run, train.training_arguments(run)[0])
+        run = training.read_run(run_file, settings)
+        parts = training.read_documents(run, training.training_arguments(run)[0])
         return parts[0]["text"][:], parts[1]["text"][:]
 
     everything = [row["text"] for row in load_documents(str(docs))]
-    training, held_out = split(1)
-    assert sorted(training + held_out) == sorted(everything)
+    trained, held_out = split(1)
+    assert sorted(trained + held_out) == sorted(everything)
     assert len(held_out) == 4
-    assert split(1) == (training, held_out)
-    assert split(2) != (training, held_out)
+    assert split(1) == (trained, held_out)
+    assert split(2) != (trained, held_out)
 
 
 def test_the_vocabulary_follows_a_tokenizer_trained_here(run_file: Path, tmp_path: Path):
@@ -313,7 +313,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("file", sorted((ROOT / "configuration/training").glob("*.yaml")), ids=lambda file: file.stem)
 def test_shipped_run_files_are_known_to_train(file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
-    run = train.read_run(file, [])
+    run = training.read_run(file, [])
     others = [other for other in file.parent.glob("*.yaml") if other != file]
     made = [yaml.safe_load(other.read_text())["training"]["output_dir"] for other in others]
     assert (Path(run.model) / "config.json").is_file() or run.model in made
