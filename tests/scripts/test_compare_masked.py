@@ -72,7 +72,7 @@ def test_all_train_on_the_same_tokens_with_the_same_hidden(
 ):
     seen: list[list[torch.Tensor]] = []
 
-    class Watched(compare_masked.train.Trainer):
+    class Watched(compare_masked.training.Trainer):
         def training_step(self, model, inputs, *args, **kwargs):
             seen[-1].append(torch.cat([inputs["input_ids"], inputs["labels"]]))
             return super().training_step(model, inputs, *args, **kwargs)
