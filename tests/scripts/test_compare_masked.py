@@ -81,7 +81,7 @@ def test_all_train_on_the_same_tokens_with_the_same_hidden(
             seen.append([])
             return super().train(*args, **kwargs)
 
-    monkeypatch.setattr(compare_masked.train, "Trainer", Watched)
+    monkeypatch.setattr(compare_masked.training, "Trainer", Watched)
     shutil.copytree(folder / "docs", tmp_path / "docs")
     compare(tmp_path)
     batches = [torch.stack(steps) for steps in seen]

@@ -129,7 +129,7 @@ def test_a_second_call_measures_nothing_and_a_third_what_is_missing(folders: Fol
         raise AssertionError("measured again")
 
     with monkeypatch.context() as patch:
-        for module, name in ((report.benchmark, "sweep"), (report.train, "main"), (report.stability, "over_scale")):
+        for module, name in ((report.benchmark, "sweep"), (report.training, "train"), (report.stability, "over_scale")):
             patch.setattr(module, name, fails)
         folders.run()
     assert folders.files() == before
@@ -178,7 +178,7 @@ def test_an_interrupted_training_goes_on(made: int, folders: Folders, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(report.training.Trainer, "training_step", counted)
-        patch.setattr(report.train, "save", stopped)
+        patch.setattr(report.training, "save", stopped)
         with pytest.raises(KeyboardInterrupt):
             folders.run()
     assert [folder.name for folder in model.glob("checkpoint-*")] == [f"checkpoint-{made}"]
