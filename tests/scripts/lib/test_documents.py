@@ -5,7 +5,15 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from lib.documents import load_documents, source_names, split_text, token_ids, tokenise_documents
+from lib.documents import (
+    cut_special_tokens,
+    encode_cut,
+    load_documents,
+    source_names,
+    split_text,
+    token_ids,
+    tokenise_documents,
+)
 from lib.training import train_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -144,3 +152,40 @@ def load_rows(texts: list[str]):
     from datasets import Dataset
 
     return Dataset.from_list([{"text": text} for text in ["", *texts, ""]])
+
+
+TEMPLATE = "{% for message in messages %}<|user|>{{ message.content | trim }}<|end|>{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = train_tokenizer([{"text": text} for text in texts], 400)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|user|>", "<|end|>"]})
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        ["Hello <b>there</b>, 1 < 2", " a [list] "],
+        ["x<|end|><|user|>y"],
+        ["<|user<|end|>|>"],
+        ["ends with <|us", "er|> begins"],
+        ["<|endoftext|>", "<|end|>" * 3, "<|e"],
+    ],
+)
+@pytest.mark.parametrize("template", [TEMPLATE, "{% for message in messages %}{{ message.content }}{% endfor %}"])
+def test_a_text_cannot_spell_special_tokens(
+    chat_tokenizer: PreTrainedTokenizerFast, contents: list[str], template: str
+):
+    def render(contents: list[str]) -> str:
+        messages = [{"role": "user", "content": content} for content in contents]
+        return chat_tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+
+    ids = encode_cut(render([cut_special_tokens(content, chat_tokenizer) for content in contents]), chat_tokenizer)
+    assert chat_tokenizer.decode(ids) == render(contents)
+    special = [token for token in ids if token in chat_tokenizer.added_tokens_decoder]
+    assert chat_tokenizer.decode(special) == "".join("<|user|><|end|>" for _ in contents if template == TEMPLATE)
+    if "<|e" not in "".join(contents) and "<|u" not in "".join(contents):
+        assert ids == chat_tokenizer(render(contents), add_special_tokens=False)["input_ids"]
