@@ -20,6 +20,8 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra serve)")
 import httpx2
 import serve
 import uvicorn
+from lib.serving.app import build_app
+from lib.serving.engine import Engine
 
 URL = "/v1/chat/completions"
 TEMPLATE = (
@@ -67,7 +69,7 @@ class Alone:
 @asynccontextmanager
 async def client(folder: Path, sessions: Path, *options: object) -> AsyncIterator[httpx2.AsyncClient]:
     arguments = [folder, "--sessions", sessions, *options]
-    app = serve.build_app(serve.read_options([str(argument) for argument in arguments]))
+    app = build_app(serve.read_options([str(argument) for argument in arguments]))
     transport = httpx2.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),
@@ -353,7 +355,7 @@ def test_messages_that_do_not_continue_a_session(constant: Path, tmp_path: Path)
 def listening(folder: Path, sessions: Path, *options: object) -> Iterator[httpx2.Client]:
     """A server behind a real socket, in a thread of its own."""
     arguments = [str(argument) for argument in (folder, "--sessions", sessions, "--max-tokens", 10**6, *options)]
-    config = uvicorn.Config(serve.build_app(serve.read_options(arguments)), port=0, log_level="critical")
+    config = uvicorn.Config(build_app(serve.read_options(arguments)), port=0, log_level="critical")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -385,7 +387,7 @@ def wait_for(http: httpx2.Client, **expected: int) -> None:
 
 
 def test_overload_and_clients_who_leave(constant: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(serve.Engine, "ends", property(lambda self: (), lambda self, ends: None), raising=False)
+    monkeypatch.setattr(Engine, "ends", property(lambda self: (), lambda self, ends: None), raising=False)
     with listening(constant, tmp_path, "--max-running", 1, "--max-waiting", 1, "--chunk-size", 64) as http:
         endless = {"max_tokens": 10**6}
         session_id = http.post(URL, json=user("one", session_id="new")).json()["session_id"]
@@ -418,15 +420,15 @@ def test_overload_and_clients_who_leave(constant: Path, tmp_path: Path, monkeypa
 
 
 def test_a_failed_step_fails_its_requests_alone(constant: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    forward, broken = serve.Engine._forward, [True]
+    forward, broken = Engine._forward, [True]
 
-    def fail_once(self: serve.Engine, ids: list[list[int]], cache: Any) -> Any:
+    def fail_once(self: Engine, ids: list[list[int]], cache: Any) -> Any:
         if cache is not None and broken:
             broken.clear()
             raise RuntimeError("out of memory")
         return forward(self, ids, cache)
 
-    monkeypatch.setattr(serve.Engine, "_forward", fail_once)
+    monkeypatch.setattr(Engine, "_forward", fail_once)
 
     async def run() -> None:
         async with client(constant, tmp_path) as http:
