@@ -7,16 +7,12 @@ from .cache_constattn import (
     ConstAttnCacheLayer,
     LearnedState,
     cache_nbytes,
-    load_cache,
     merge_caches,
-    read_cache_header,
     row_lengths,
-    save_cache,
     split_cache,
     stack_caches,
 )
 from .configuration_constattn import ConstAttnConfig
-from .cpu_constattn import speed_up_cpu_inference
 from .modeling_constattn import (
     AUTO_CLASSES,
     ConstAttnForCausalLM,
@@ -26,6 +22,7 @@ from .modeling_constattn import (
     ConstAttnForTokenClassification,
     ConstAttnModel,
 )
+from .state_files_constattn import check_cache_path, load_cache, model_fingerprint, read_cache_header, save_cache
 
 __version__ = "0.1.0"
 
@@ -47,15 +44,16 @@ __all__ = [
     "ConstAttnState",
     "LearnedState",
     "cache_nbytes",
+    "check_cache_path",
     "constant_attention",
     "load_cache",
     "merge_caches",
+    "model_fingerprint",
     "quadratic_attention",
     "read_cache_header",
     "row_lengths",
     "save_cache",
     "scan_attention",
-    "speed_up_cpu_inference",
     "split_cache",
     "stack_caches",
 ]

@@ -1,22 +1,16 @@
 """The cache layer of constant attention: log S and log Z, and the last inputs of the convolution. Its size never changes.
 
-And what a memory of constant size allows: caches as files (`save_cache`, `load_cache`), many caches as one batch and back
-(`stack_caches`, `split_cache`), several texts as one memory (`merge_caches`), and states that are learned (`LearnedState`). To
+And what a memory of constant size allows: many caches as one batch and back (`stack_caches`, `split_cache`), several texts as
+one memory (`merge_caches`), and states that are learned (`LearnedState`); caches as files are in `state_files_constattn`. To
 fork, select or copy, Transformers has the methods `batch_repeat_interleave`, `batch_select_indices` and `reorder_cache` of a
 cache, and Python has `copy.deepcopy`.
 """
 
 import functools
-import hashlib
-import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.cache_utils import (
     STATIC_LAYER_TYPE_MAPPING,
@@ -30,7 +24,6 @@ from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, c
 from transformers.utils import is_torchdynamo_compiling
 
 from .attention_constattn import ConstAttnState, constant_attention
-from .configuration_constattn import ConstAttnConfig
 
 # Tokens that `crop` can take back; what is kept for it is at most twice as many tokens' keys and values.
 MAX_ROLLBACK = 256
@@ -251,11 +244,6 @@ def _is_frozen(tensor: Tensor) -> bool:
     return not is_torchdynamo_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
-def cache_layer(past_key_values: Cache | None, layer_idx: int) -> ConstAttnCacheLayer | None:
-    """One layer of a cache; None where there is no cache."""
-    return None if past_key_values is None else past_key_values.layers[layer_idx]
-
-
 # The same layer serves static caches; and `generate` makes this layer's mask as it does for recurrent layers: 2D or none.
 STATIC_LAYER_TYPE_MAPPING["constant_attention"] = ConstAttnCacheLayer
 LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING["constant_attention"] = create_recurrent_attention_mask
@@ -423,142 +411,6 @@ def _filled(layer: Any, tensors: dict[str, Tensor], length: int) -> Any:
     return layer
 
 
-# ------------------------------------------------------------------------------------------------------------------------- files
-
-_FORMAT, _FORMAT_VERSION = "constattn-cache", "1"
-# Fields of the config that say nothing about what a state holds.
-_OTHER_FIELDS = (
-    "initializer_range",
-    "use_cache",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
-
-
-def save_cache(cache: Cache, path: str | os.PathLike, model: Any, notes: dict[str, str] | None = None) -> None:
-    """Writes a cache into one safetensors file, in place of an earlier one only when it is complete.
-
-    The header says which model the state belongs to: the fields of its config that shape or interpret a state and their
-    SHA-256, its dtype, and `weights_sha256`, a fingerprint of 256 evenly spaced numbers of every parameter of the base model
-    (the language-model head does not act on the state). So a state is told from that of another checkpoint of the same config,
-    trained otherwise; a difference in numbers that the fingerprint does not read goes unseen.
-
-    Args:
-        cache: a `DynamicCache` (or any cache of constant layers alone) that this model has filled; any number of rows.
-        path: the file, by custom named ….safetensors.
-        model: a model of this family, with or without a head.
-        notes: further entries of the header.
-
-    Raises:
-        ValueError: if the cache has seen nothing, or a note has the name of an entry.
-        TypeError: for layers of another kind than a `DynamicCache` of these models has.
-    """
-    tensors = {
-        f"layers.{number}.{name}": tensor.detach().contiguous()
-        for number, layer in enumerate(cache.layers)
-        for name, tensor in _tensors(layer).items()
-    }
-    if not tensors:
-        raise ValueError("the cache has seen nothing yet: there is nothing to save")
-    header = _model_header(model) | {
-        "format": _FORMAT,
-        "format_version": _FORMAT_VERSION,
-        "tokens_seen": str(int(cache.get_seq_length())),
-        "rows": str(len(row_lengths(cache))),
-    }
-    clash = header.keys() & (notes or {}).keys()
-    if clash:
-        raise ValueError(f"notes may not name {sorted(clash)}, which the header has already")
-    path = Path(path)
-    incomplete = path.with_name(f".{path.name}.incomplete")
-    try:
-        save_file(tensors, incomplete, header | (notes or {}))
-        incomplete.replace(path)
-    finally:
-        incomplete.unlink(missing_ok=True)
-
-
-def read_cache_header(path: str | os.PathLike) -> dict[str, str]:
-    """The header of a file that `save_cache` wrote, without its tensors.
-
-    Raises:
-        OSError: if the file is not there.
-        ValueError: if it is cut off, or no such file, or of a later format.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"'{path}' cannot be read: it is cut off or no safetensors file ({error})") from error
-    if header.get("format") != _FORMAT:
-        raise ValueError(
-            f"'{path}' holds no cache: its header names the format {header.get('format')!r}, not {_FORMAT!r}"
-        )
-    if header["format_version"] != _FORMAT_VERSION:
-        raise ValueError(
-            f"'{path}' has format version {header['format_version']}, this code reads {_FORMAT_VERSION}: use a later release"
-        )
-    return header
-
-
-def load_cache(path: str | os.PathLike, model: Any) -> DynamicCache:
-    """The cache that `save_cache` wrote, on the devices of the model's layers. Generation goes on from it exactly.
-
-    Raises:
-        OSError: if the file is not there.
-        ValueError: if it is cut off, or no such file, or belongs to another model; it says what differs.
-    """
-    saved, own = read_cache_header(path), _model_header(model)
-    differences = []
-    if saved["config_sha256"] != own["config_sha256"]:
-        theirs, ours = json.loads(saved["config"]), json.loads(own["config"])
-        for name in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(name) != ours.get(name):
-                differences.append(f"{name} is {theirs.get(name)}, the model's {ours.get(name)}")
-    elif saved["dtype"] != own["dtype"]:
-        differences.append(f"dtype is {saved['dtype']}, the model's {own['dtype']}")
-    elif saved["weights_sha256"] != own["weights_sha256"]:
-        differences.append("the weights are others, of the same config")
-    if differences:
-        raise ValueError(
-            f"'{path}' is the state of another model, {saved['model'] or 'unnamed'}: {'; '.join(differences)}"
-        )
-
-    cache = DynamicCache(config=model.config)
-    with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
-        for number, layer in enumerate(cache.layers):
-            prefix = f"layers.{number}."
-            device = next(model.base_model.layers[number].parameters()).device
-            tensors = {
-                name.removeprefix(prefix): file.get_tensor(name).to(device) for name in names if name.startswith(prefix)
-            }
-            _filled(layer, tensors, int(saved["tokens_seen"]))
-    return cache
-
-
-def _model_header(model: Any) -> dict[str, str]:
-    config = {
-        name: getattr(model.config, name) for name in ConstAttnConfig.__annotations__ if name not in _OTHER_FIELDS
-    }
-    described = json.dumps(config, sort_keys=True)
-    weights = hashlib.sha256()
-    for name, parameter in model.base_model.named_parameters():
-        numbers = parameter.detach().flatten()
-        sample = numbers[:: max(1, len(numbers) // 256)].cpu().double()  # every dtype of weights is exact in float64
-        weights.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
-    return {
-        "model": model.config._name_or_path,
-        "model_type": model.config.model_type,
-        "config": described,
-        "config_sha256": hashlib.sha256(described.encode()).hexdigest(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "weights_sha256": weights.hexdigest(),
-    }
-
-
 # ------------------------------------------------------------------------------------------------------------- a state is learned
 
 _MAX_LOG_Z_SHIFT = 10.0
@@ -638,14 +490,10 @@ __all__ = [
     "MAX_ROLLBACK",
     "ConstAttnCacheLayer",
     "LearnedState",
-    "cache_layer",
     "cache_nbytes",
-    "load_cache",
     "merge_caches",
-    "read_cache_header",
     "row_lengths",
     "rows_behind",
-    "save_cache",
     "split_cache",
     "stack_caches",
 ]

@@ -24,7 +24,7 @@ from lib.checkpoints import load_model, load_tokenizer
 from lib.documents import start_token_id, token_ids
 from tqdm.auto import tqdm
 
-from modeling_constattn import load_cache, read_cache_header, save_cache, speed_up_cpu_inference
+from modeling_constattn import check_cache_path, load_cache, read_cache_header, save_cache
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
 def build(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if options.chunk_size < 1:
         parser.error(f"--chunk-size {options.chunk_size} is to be at least 1")
+    check_cache_path(options.state)  # before the text is read
     tokenizer, model = load(options.checkpoint)
     began = time.perf_counter()
     size = options.file.stat().st_size if options.file else None
@@ -91,10 +92,9 @@ def generate(options: argparse.Namespace, parser: argparse.ArgumentParser) -> No
     check_options(parser, options)
     tokenizer, model = load(options.checkpoint)
     began = time.perf_counter()
-    header = read_cache_header(options.state)
+    cache, header = load_cache(options.state, model, return_header=True)
     if "last_token" not in header or header["rows"] != "1":
         raise ValueError(f"'{options.state}' is not of one text read by `prefix.py build`")
-    cache = load_cache(options.state, model)
     ids = itertools.chain([int(header["last_token"])], token_ids(io.StringIO(options.prompt), tokenizer))
     cache, last, length = prefill(model, ids, options.chunk_size, cache)
     length += int(header["tokens_seen"])
@@ -104,8 +104,7 @@ def generate(options: argparse.Namespace, parser: argparse.ArgumentParser) -> No
 
 def load(checkpoint: str) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(checkpoint)
-    model = load_model(checkpoint, tokenizer).to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return tokenizer, speed_up_cpu_inference(model)
+    return tokenizer, load_model(checkpoint, tokenizer).to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 
@@ -17,7 +16,6 @@ from modeling_constattn import (
     cache_nbytes,
     load_cache,
     merge_caches,
-    read_cache_header,
     row_lengths,
     save_cache,
     split_cache,
@@ -172,7 +170,7 @@ def test_refuses_the_cache_of_another_model(model):
         model(ids, past_key_values=DynamicCache(config=hybrid))
 
 
-# ------------------------------------------------------------------------------------------------ files, and rows of a batch
+# ------------------------------------------------------------------------------------------------------------ rows of a batch
 
 SMALL = {
     "vocab_size": 64,
@@ -229,107 +227,6 @@ def greedy(model, cache, length, rows=1):
     return model.generate(
         torch.full((rows, 1), 7), attention_mask=mask, past_key_values=copy.deepcopy(cache), **options
     )
-
-
-@pytest.mark.parametrize("tokens", [1, 5, 30])
-def test_a_saved_cache_goes_on_exactly(member, tmp_path, tokens):
-    cache, file = read(member, text(tokens)), tmp_path / "state.safetensors"
-    save_cache(cache, file, member, notes={"last_token": "7"})
-    loaded = load_cache(file, member)
-    assert torch.equal(continued(member, loaded, text(20, seed=1)), continued(member, cache, text(20, seed=1)))
-    assert torch.equal(greedy(member, loaded, tokens), greedy(member, cache, tokens))
-    assert int(loaded.get_seq_length()) == tokens
-    assert cache_nbytes(loaded) == cache_nbytes(cache)
-    header = read_cache_header(file)
-    assert (header["tokens_seen"], header["rows"], header["dtype"], header["last_token"]) == (
-        str(tokens),
-        "1",
-        "float32",
-        "7",
-    )
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_a_saved_batch_of_rows_of_different_length(member, tmp_path):
-    caches = [read(member, text(length, seed=length)) for length in (3, 20)]
-    save_cache(stack_caches(caches), tmp_path / "state.safetensors", member)
-    for loaded, cache in zip(split_cache(load_cache(tmp_path / "state.safetensors", member)), caches, strict=True):
-        assert torch.equal(continued(member, loaded, text(9)), continued(member, cache, text(9)))
-
-
-def test_a_head_does_not_change_whose_state_it_is(tmp_path):
-    model = make_model("default")
-    save_cache(read(model, text(4)), tmp_path / "state.safetensors", model)
-    load_cache(tmp_path / "state.safetensors", model.model)
-
-
-@pytest.mark.parametrize(
-    ("other", "says"),
-    [
-        (lambda: make_model("default", num_slots=16), "num_slots is 8, the model's 16"),
-        (lambda: make_model("default", forget_gate_bound=0.25), r"forget_gate_bound is 0\.5, the model's 0\.25"),
-        (lambda: make_model("hybrid"), "mixer_types is .*; num_slots is .*; sliding_window is None, the model's 8"),
-        (lambda: make_model("default").bfloat16(), "dtype is float32, the model's bfloat16"),
-        (lambda: make_model("default", seed=1), "the weights are others, of the same config"),
-    ],
-    ids=["shape", "meaning", "kind", "dtype", "weights"],
-)
-def test_another_models_state_is_refused(tmp_path, other, says):
-    model, file = make_model("default"), tmp_path / "state.safetensors"
-    save_cache(read(model, text(4)), file, model)
-    with pytest.raises(ValueError, match=f"is the state of another model, unnamed: {says}"):
-        load_cache(file, other())
-
-
-def test_one_training_step_makes_another_model(tmp_path):
-    model, file = make_model("default"), tmp_path / "state.safetensors"
-    save_cache(read(model, text(4)), file, model)
-    model.train()
-    optimizer = torch.optim.AdamW(model.model.layers[1].mixer.q_proj.parameters(), lr=1e-5)
-    model(text(20), labels=text(20)).loss.backward()
-    optimizer.step()
-    with pytest.raises(ValueError, match="the weights are others"):
-        load_cache(file, model)
-
-
-def test_files_that_hold_no_cache(tmp_path):
-    model, file = make_model("default"), tmp_path / "state.safetensors"
-    with pytest.raises(ValueError, match="has seen nothing yet"):
-        save_cache(DynamicCache(config=model.config), file, model)
-    with pytest.raises(FileNotFoundError):
-        load_cache(file, model)
-    save_cache(read(model, text(4)), file, model)
-    whole = file.read_bytes()
-    with pytest.raises(ValueError, match=r"notes may not name \['rows'\]"):
-        save_cache(read(model, text(4)), file, model, notes={"rows": "2"})
-    for cut in (4, 100, len(whole) - 1):
-        file.write_bytes(whole[:cut])
-        with pytest.raises(
-            ValueError, match=r"state.safetensors' cannot be read: it is cut off or no safetensors file"
-        ):
-            load_cache(file, model)
-    save_file({"x": torch.zeros(1)}, file, {"format": "pt"})
-    with pytest.raises(ValueError, match="holds no cache: its header names the format 'pt'"):
-        load_cache(file, model)
-    save_file({"x": torch.zeros(1)}, file, {"format": "constattn-cache", "format_version": "2"})
-    with pytest.raises(ValueError, match="has format version 2, this code reads 1"):
-        load_cache(file, model)
-
-
-def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
-    model, file = make_model("default"), tmp_path / "state.safetensors"
-    save_cache(read(model, text(4)), file, model)
-    whole = file.read_bytes()
-
-    def full_disk(tensors, path, header):
-        path.write_bytes(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr("modeling_constattn.cache_constattn.save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        save_cache(read(model, text(9)), file, model)
-    assert file.read_bytes() == whole
-    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("lengths", [(12, 12), (3, 20, 5), (1, 7, 8, 9)], ids=str)
