@@ -13,6 +13,7 @@ from .cache_constattn import (
     stack_caches,
 )
 from .configuration_constattn import ConstAttnConfig
+from .cpu_constattn import speed_up_cpu_inference
 from .modeling_constattn import (
     AUTO_CLASSES,
     ConstAttnForCausalLM,
@@ -54,6 +55,7 @@ __all__ = [
     "row_lengths",
     "save_cache",
     "scan_attention",
+    "speed_up_cpu_inference",
     "split_cache",
     "stack_caches",
 ]

@@ -244,6 +244,11 @@ def _is_frozen(tensor: Tensor) -> bool:
     return not is_torchdynamo_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
+def cache_layer(past_key_values: Cache | None, layer_idx: int) -> ConstAttnCacheLayer | None:
+    """One layer of a cache; None where there is no cache."""
+    return None if past_key_values is None else past_key_values.layers[layer_idx]
+
+
 # The same layer serves static caches; and `generate` makes this layer's mask as it does for recurrent layers: 2D or none.
 STATIC_LAYER_TYPE_MAPPING["constant_attention"] = ConstAttnCacheLayer
 LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING["constant_attention"] = create_recurrent_attention_mask
@@ -490,6 +495,7 @@ __all__ = [
     "MAX_ROLLBACK",
     "ConstAttnCacheLayer",
     "LearnedState",
+    "cache_layer",
     "cache_nbytes",
     "merge_caches",
     "row_lengths",

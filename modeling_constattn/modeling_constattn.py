@@ -1,4 +1,7 @@
-"""ConstAttn models: the modules project, convolve, gate and cache; the attention itself is in `attention_constattn`."""
+"""ConstAttn models: the modules project, convolve, gate and cache; the attention itself is in `attention_constattn`.
+
+Every projection is an `nn.Linear` and nothing else, since quantisers pass over what is derived from it.
+"""
 
 import math
 from collections.abc import Callable
@@ -27,74 +30,18 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
-from transformers.utils import is_torchdynamo_compiling, is_torchdynamo_exporting, is_tracing
+from transformers.utils import is_tracing
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_constattn import _NAMESPACE, ConstAttnState, constant_attention, log_linear_recurrence
-from .cache_constattn import ConstAttnCacheLayer, rows_behind
+from .attention_constattn import ConstAttnState, constant_attention
+from .cache_constattn import ConstAttnCacheLayer, cache_layer, rows_behind
 from .configuration_constattn import ConstAttnConfig
+from .heinsen_constattn import HeinsenBlock, HeinsenPositions
 from .state_files_constattn import load_cache, save_cache  # noqa: F401  the file travels with a checkpoint's code
 
 _INDUCTION_SCALE = 3.0  # standard deviation of queries and keys; a seed learns with 3 that does not with 2 or 4
 _INDUCTION_HALF_LIFE = 100_000  # tokens; with 1,000, what was to be found 16,384 tokens back was often lost
-_MAX_LOG_VALUE = 80.0  # of the "heinsen" block: exp(±80) stays within float32
-# Numbers of a weight from which oneDNN's product is taken: with fewer, its 15 µs of preparation are not won back.
-_ONEDNN_SIZE = 2**18
-_HAS_ONEDNN = (
-    torch.backends.mkldnn.is_available()
-    and torch.backends.mkl.is_available()  # else nn.Linear takes oneDNN by itself, or there is no x86
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-)
-
-
-def _cache_layer(past_key_values: Cache | None, layer_idx: int) -> ConstAttnCacheLayer | None:
-    return None if past_key_values is None else past_key_values.layers[layer_idx]
-
-
-# ------------------------------------------------------------------------------------------------------- matrix products
-
-
-def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-# For torch.compile, whose own lowering of that operator takes packed weights alone.
-_compiled_onednn_product = torch.library.custom_op(f"{_NAMESPACE}::onednn_product", _onednn_product, mutates_args=())
-
-
-@_compiled_onednn_product.register_fake
-def _(x, weight, bias):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-class Linear(nn.Linear):
-    """`nn.Linear`, by what is fastest on a CPU where no gradient is asked for: its weights and results, to rounding.
-
-    PyTorch makes float32 products by MKL, which on AMD processors reads the weights of a token's matrix–vector products at half
-    of oneDNN's speed. Compiled, one token's products are written as sums, of which the compiler makes a loop that reads the
-    weights at most of the memory's bandwidth. The cost report says what a token gains.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if (
-            torch.is_grad_enabled()
-            or x.device.type != "cpu"
-            or x.dtype != weight.dtype
-            or type(weight) is not nn.Parameter  # one that is quantised or distributed
-            or torch.is_autocast_enabled("cpu")
-            or is_torchdynamo_exporting()  # what is exported may run elsewhere
-        ):
-            return super().forward(x)
-        if is_torchdynamo_compiling() and all(size == 1 for size in x.shape[:-1]) and x.dtype != torch.float64:
-            # summed in float32; the compiler fuses the conversions, and no product is ever in memory
-            output = (x.unsqueeze(-2).float() * weight.float()).sum(-1).to(x.dtype)
-            return output if self.bias is None else output + self.bias
-        if _HAS_ONEDNN and weight.numel() >= _ONEDNN_SIZE and x.dtype == torch.float32:
-            product = _compiled_onednn_product if is_torchdynamo_compiling() else _onednn_product
-            return product(x, weight, self.bias)
-        return super().forward(x)
 
 
 # ------------------------------------------------------------------------------------------------------- the default block
@@ -171,12 +118,12 @@ class ConstantAttention(nn.Module):
         self.forget_gate_bound = config.forget_gate_bound
         self.num_induction_heads = config.induction_heads[layer_idx]
         heads, hidden = config.num_attention_heads, config.hidden_size
-        self.q_proj = Linear(hidden, heads * self.num_slots, bias=False)
-        self.k_proj = Linear(hidden, heads * self.num_slots, bias=False)
-        self.v_proj = Linear(hidden, heads * self.head_dim, bias=False)
-        self.f_proj = Linear(hidden, heads * self.num_slots) if config.use_forget_gate else None
-        self.g_proj = Linear(hidden, heads * self.head_dim, bias=False) if config.use_output_gate else None
-        self.o_proj = Linear(heads * self.head_dim, hidden, bias=False)
+        self.q_proj = nn.Linear(hidden, heads * self.num_slots, bias=False)
+        self.k_proj = nn.Linear(hidden, heads * self.num_slots, bias=False)
+        self.v_proj = nn.Linear(hidden, heads * self.head_dim, bias=False)
+        self.f_proj = nn.Linear(hidden, heads * self.num_slots) if config.use_forget_gate else None
+        self.g_proj = nn.Linear(hidden, heads * self.head_dim, bias=False) if config.use_output_gate else None
+        self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=False)
         widths = (heads * self.num_slots, heads * self.num_slots, heads * self.head_dim)
         has_conv = config.conv_kernel_size > 1
         self.conv = ShortConvolution(widths, config.conv_kernel_size, config.is_causal) if has_conv else None
@@ -191,7 +138,7 @@ class ConstantAttention(nn.Module):
     ) -> Tensor:
         """[B,T,hidden] → [B,T,hidden]. ``key_mask`` [B,T] bool; ``lag_limit`` [B,T], 0 at each packed document's start."""
         B, T, _ = hidden_states.shape
-        cache = _cache_layer(past_key_values, self.layer_idx)
+        cache = cache_layer(past_key_values, self.layer_idx)
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if self.conv is not None:
             widths = (query.shape[-1], key.shape[-1], value.shape[-1])
@@ -302,10 +249,10 @@ class SlidingAttention(nn.Module):
         self.config, self.layer_idx, self.is_causal = config, layer_idx, config.is_causal
         self.head_dim = config.head_dim
         width = config.num_attention_heads * self.head_dim
-        self.q_proj = Linear(config.hidden_size, width, bias=False)
-        self.k_proj = Linear(config.hidden_size, width, bias=False)
-        self.v_proj = Linear(config.hidden_size, width, bias=False)
-        self.o_proj = Linear(width, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -343,9 +290,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ConstAttnConfig):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -384,103 +331,6 @@ class ConstAttnBlock(GradientCheckpointingLayer):
         if self.mlp is not None:
             hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states
-
-
-# ------------------------------------------------------------------------------------- the paper's block (block_type "heinsen")
-
-
-class HeinsenPositions(nn.Module):
-    """The paper's position embedding: a linear recurrence in log-space over all channels, added to the tokens."""
-
-    def __init__(self, config: ConstAttnConfig):
-        super().__init__()
-        self.proj = Linear(config.hidden_size, 2 * config.hidden_size)
-
-    def forward(
-        self, x: Tensor, key_mask: Tensor | None, lag_limit: Tensor | None, past_key_values: Cache | None
-    ) -> Tensor:
-        """[B,T,hidden] → [B,T,hidden]."""
-        cache = _cache_layer(past_key_values, 0)
-        log_dtype = torch.float32 if x.device.type == "mps" else torch.float64
-        log_a, b = self.proj(x).to(log_dtype).chunk(2, -1)
-        log_a = F.logsigmoid(log_a)
-        if key_mask is not None:
-            log_a = log_a.masked_fill(~key_mask[..., None], 0.0)
-            b = b.masked_fill(~key_mask[..., None], float("-inf"))
-        initial = None if cache is None else cache.tensors.get("position")
-        if initial is None:
-            initial = torch.zeros_like(b[:, 0])
-        if lag_limit is None:
-            positions = log_linear_recurrence(log_a, b, initial)
-        else:  # each packed document starts anew at 0
-            rows = []
-            for row, limits in enumerate(lag_limit):
-                starts = (limits == 0).nonzero().flatten().tolist()
-                pieces = zip(log_a[row].tensor_split(starts), b[row].tensor_split(starts), strict=True)
-                scans = [
-                    log_linear_recurrence(
-                        a[None], b[None], initial[row, None] if i == 0 else initial.new_zeros(1, a.shape[-1])
-                    )
-                    for i, (a, b) in enumerate(pieces)
-                    if len(a)
-                ]
-                rows.append(torch.cat(scans, 1))
-            positions = torch.cat(rows)
-        if cache is not None:
-            cache.write("position", positions[:, -1])
-            if cache.record_past:
-                cache.record(position=positions)
-        return x + positions.to(x.dtype)
-
-
-class HeinsenBlock(GradientCheckpointingLayer):
-    """x + out(GLU(linear(log-attention(linear(LayerNorm(x)))))): values are given, and the result is passed on, as logs."""
-
-    def __init__(self, config: ConstAttnConfig, layer_idx: int):
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.num_slots, self.head_dim = config.num_slots, config.head_dim
-        heads, hidden = config.num_attention_heads, config.hidden_size
-        self.widths = (heads * self.num_slots, heads * self.num_slots, heads * self.head_dim)
-        self.input_layernorm = nn.LayerNorm(hidden, eps=config.rms_norm_eps)
-        self.qkv_proj = Linear(hidden, sum(self.widths))
-        self.glu_proj = Linear(heads * self.head_dim, 2 * hidden)
-        self.o_proj = Linear(hidden, hidden, bias=False)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        masks: dict[str, Tensor | None],
-        lag_limit: Tensor | None,
-        rotary: None,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> Tensor:
-        B, T, _ = hidden_states.shape
-        cache = _cache_layer(past_key_values, self.layer_idx)
-        query, key, log_value = self.qkv_proj(self.input_layernorm(hidden_states)).split(self.widths, -1)
-        query = query.view(B, T, -1, self.num_slots).transpose(1, 2)  # [B,H,T,K]
-        key = key.view(B, T, -1, self.num_slots).transpose(1, 2)
-        log_value = log_value.view(B, T, -1, self.head_dim).transpose(1, 2)  # [B,H,T,V]
-        log_decay = None
-        if lag_limit is not None:
-            log_decay = torch.zeros_like(query[..., :1]).masked_fill((lag_limit == 0)[:, None, :, None], float("-inf"))
-        value = log_value.float().clamp(-_MAX_LOG_VALUE, _MAX_LOG_VALUE).exp()
-        state = None if cache is None else cache.state
-        key_mask = masks["constant_attention"]
-        output, state = constant_attention(
-            query.float(), key.float(), value, state, log_decay=log_decay, key_mask=key_mask
-        )
-        if cache is not None:
-            cache.write("log_Z", state.log_Z)
-            cache.write("mean", state.mean)
-            cache.advance(T)
-            if cache.record_past:
-                cache.record(key=key.float(), value=value, log_decay=log_decay, key_mask=key_mask)
-        if key_mask is not None:  # a row that has seen nothing reads 0, whose log has no gradient
-            output = output.masked_fill(output == 0, 1.0)
-        log_output = output.log().to(hidden_states.dtype).transpose(1, 2).reshape(B, T, -1)
-        return hidden_states + self.o_proj(F.glu(self.glu_proj(log_output), -1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------- models
@@ -730,7 +580,7 @@ class ConstAttnForCausalLM(ConstAttnPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = ConstAttnModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -785,7 +635,7 @@ class ConstAttnForMaskedLM(ConstAttnPreTrainedModel):
             raise ValueError(f"{type(self).__name__} needs is_causal=False in the config; this one is causal")
         super().__init__(config)
         self.model = ConstAttnModel(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def generate(self, *args, **kwargs):

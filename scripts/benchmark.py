@@ -31,8 +31,8 @@ How it is measured, so that ratios mean something on a machine that does other t
   that stay in the processor's cache: what no other arrangement on this library saves. "reading the weights once" is the
   bandwidth of the memory, "ConstAttn's matrix–vector products alone" what the library of those products makes of it in
   eager mode.
-- On a CPU ConstAttn's linear layers take oneDNN's products where Llama's take MKL's and, compiled, the compiler's own loop
-  for one token. What that alone is worth show the rows of "Llama, with ConstAttn's linear layers".
+- On a CPU ConstAttn's linear layers, by `speed_up_cpu_inference`, take oneDNN's products where Llama's take MKL's and, compiled,
+  the compiler's own loop for one token. What that alone is worth show the rows of "Llama, with ConstAttn's linear layers".
 - A contender whose next row would take longer than --budget, or more memory than is free, ends there; the row says so.
 """
 
@@ -79,8 +79,14 @@ from transformers import (
 )
 
 import modeling_constattn
-from modeling_constattn import ConstAttnConfig, ConstAttnForCausalLM, cache_nbytes, constant_attention, scan_attention
-from modeling_constattn.modeling_constattn import Linear
+from modeling_constattn import (
+    ConstAttnConfig,
+    ConstAttnForCausalLM,
+    cache_nbytes,
+    constant_attention,
+    scan_attention,
+    speed_up_cpu_inference,
+)
 
 try:
     from matplotlib.figure import Figure
@@ -535,16 +541,8 @@ def build_models(options: argparse.Namespace, layers: int | None = None) -> dict
             recipe = type(recipe)(**recipe.to_dict() | {"num_hidden_layers": layers, "mixer_types": None})
         with torch.device(options.device):
             models[name] = model_class(recipe).to(getattr(torch, options.dtype)).eval()
+    speed_up_cpu_inference(models[MODEL])
     return models
-
-
-def with_our_linear_layers(model: Any) -> Any:
-    """A copy whose products are made as ConstAttn's are: what is left of a difference is the architecture's."""
-    alike = copy.deepcopy(model)
-    for layer in alike.modules():
-        if type(layer) is nn.Linear:
-            layer.__class__ = Linear
-    return alike
 
 
 def matching_llama(config: ConstAttnConfig, target: int) -> LlamaConfig:
@@ -628,7 +626,7 @@ def measure_prefill(options: argparse.Namespace, lengths: Sequence[int]) -> dict
     contenders: Contenders = {name: partial(prefill_call, model, None) for name, model in models.items()}
     contenders[MODEL_PIECES] = partial(prefill_call, models[MODEL], PIECE)
     if options.device == "cpu":
-        contenders[LLAMA_ALIKE] = partial(prefill_call, with_our_linear_layers(models[LLAMA]), None)
+        contenders[LLAMA_ALIKE] = partial(prefill_call, speed_up_cpu_inference(copy.deepcopy(models[LLAMA])), None)
     with tqdm(total=len(lengths), desc="prefill", unit="length") as bar:
         make_inputs = partial(random_tokens, models=models)
         rows = sweep(PREFILL, contenders, lengths, make_inputs, options, bar, untracked=[MAMBA])
@@ -690,7 +688,7 @@ def measure_decode(options: argparse.Namespace, lengths: Sequence[int]) -> dict:
         PROJECTING: lambda context: projecting_call(models[MODEL]),
     }
     if options.device == "cpu":
-        alike = with_our_linear_layers(models[LLAMA])
+        alike = speed_up_cpu_inference(copy.deepcopy(models[LLAMA]))
         contenders[LLAMA_ALIKE] = lambda context: decode_call(alike, llama_cache(alike, context))
         contenders[LLAMA_ALIKE_COMPILED] = compiled_decode_call(alike, partial(llama_cache, static=True), room)
     with tqdm(total=len(lengths) + 1, desc="decode", unit="context") as bar:

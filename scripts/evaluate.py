@@ -27,6 +27,8 @@ from lib.staging import staged_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from modeling_constattn import speed_up_cpu_inference
+
 SCRIPTS = Path(__file__).resolve().parent
 CHUNK = 2048  # tokens read in one call of the model; bounds the memory, changes nothing else
 
@@ -42,6 +44,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
     tokenizer = load_tokenizer(options.checkpoint)
     model = load_model(options.checkpoint, tokenizer).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    speed_up_cpu_inference(model)
     metric = load_metric()
 
     if options.chat and not marks_answers(tokenizer):

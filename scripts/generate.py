@@ -23,7 +23,7 @@ from lib.checkpoints import load_model, load_tokenizer
 from lib.documents import start_token_id, token_ids
 from transformers import Cache, PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from modeling_constattn import ConstAttnCacheLayer, cache_nbytes
+from modeling_constattn import ConstAttnCacheLayer, cache_nbytes, speed_up_cpu_inference
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     tokenizer = load_tokenizer(options.checkpoint)
     model = load_model(options.checkpoint, tokenizer).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    speed_up_cpu_inference(model)
 
     began = time.perf_counter()
     with open_prompt(options.prompt, options.file) as prompt:

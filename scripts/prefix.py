@@ -24,7 +24,13 @@ from lib.checkpoints import load_model, load_tokenizer
 from lib.documents import start_token_id, token_ids
 from tqdm.auto import tqdm
 
-from modeling_constattn import check_cache_path, load_cache, read_cache_header, save_cache
+from modeling_constattn import (
+    check_cache_path,
+    load_cache,
+    read_cache_header,
+    save_cache,
+    speed_up_cpu_inference,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -104,7 +110,8 @@ def generate(options: argparse.Namespace, parser: argparse.ArgumentParser) -> No
 
 def load(checkpoint: str) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(checkpoint)
-    return tokenizer, load_model(checkpoint, tokenizer).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = load_model(checkpoint, tokenizer).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return tokenizer, speed_up_cpu_inference(model)
 
 
 if __name__ == "__main__":

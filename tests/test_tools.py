@@ -1,5 +1,6 @@
 """The tools that people use around a model: each does its main job on a tiny one."""
 
+import copy
 import json
 import os
 import socket
@@ -15,7 +16,7 @@ import torch
 from conftest import ROOT
 from datasets import Dataset
 from lib import training
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, StaticCache
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast, StaticCache
 
 from modeling_constattn import ConstAttnConfig, ConstAttnForCausalLM
 
@@ -241,6 +242,40 @@ def test_torchao_int8_weights(kind, ids, tmp_path):
     assert torch.equal(
         quantized.generate(ids[:, :20], **greedy), quantized.generate(ids[:, :20], **greedy, use_cache=False)
     )
+
+
+@kinds
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes_takes_every_projection_and_trains_adapters(kind, bits, ids, tmp_path):
+    """QLoRA: the projections are quantised, all of them, and LoRA learns on top."""
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    make_model(kind).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    kept = [name for name, module in quantized.named_modules() if type(module) is torch.nn.Linear]
+    assert kept == ["lm_head"]  # as bitsandbytes leaves any model's head
+    likeness = torch.cosine_similarity(quantized(ids).logits.flatten(), make_model(kind)(ids).logits.flatten(), dim=0)
+    assert {4: 0.9, 8: 0.99}[bits] < likeness < 1 - 1e-6
+
+    model = peft.get_peft_model(quantized, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        losses.append(model(input_ids=ids, labels=ids).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.1
+
+
+@torch.no_grad()
+@kinds
+def test_dynamic_quantisation_takes_every_projection(kind, ids):
+    model = make_model(kind)
+    quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8)
+    assert not any(isinstance(module, torch.nn.Linear) for module in quantized.modules())
+    assert torch.cosine_similarity(quantized(ids).logits.flatten(), model(ids).logits.flatten(), dim=0) > 0.99
 
 
 @torch.no_grad()

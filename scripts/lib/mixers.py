@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_constattn import ConstAttnConfig, ConstAttnForCausalLM, ConstAttnState, constant_attention
-from modeling_constattn.modeling_constattn import _MAX_LOG_VALUE, ConstantAttention, Linear, _rotate
+from modeling_constattn.heinsen_constattn import _MAX_LOG_VALUE
+from modeling_constattn.modeling_constattn import ConstantAttention, _rotate
 
 TOLERANCE = 0.02  # of parameter counts
 
@@ -92,7 +93,7 @@ class VariantAttention(ConstantAttention):
             heads * slots,
             config.num_attention_heads * self.head_dim,
         )
-        self.q_proj, self.k_proj = (Linear(hidden, width, bias=False) for width in widths[:2])
+        self.q_proj, self.k_proj = (nn.Linear(hidden, width, bias=False) for width in widths[:2])
         if self.conv is not None:
             self.conv = type(self.conv)(widths, config.conv_kernel_size, config.is_causal)
         if config.forget == "overwrite":
@@ -102,8 +103,8 @@ class VariantAttention(ConstantAttention):
         elif self.f_proj is not None:
             rates = heads if config.forget == "head" else heads * slots
             if config.forget == "low_rank":
-                self.f_down, hidden = Linear(hidden, 16, bias=False), 16
-            self.f_proj = Linear(hidden, rates)
+                self.f_down, hidden = nn.Linear(hidden, 16, bias=False), 16
+            self.f_proj = nn.Linear(hidden, rates)
         if config.signed_read:
             self.read_weight = nn.Parameter(torch.zeros(heads))
         if config.qk_norm is not None:

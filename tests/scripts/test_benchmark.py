@@ -269,14 +269,6 @@ def test_caches_have_the_size_of_real_ones(models: dict, name: str):
     assert int(make(model, context, static=True, room=4).get_seq_length()) == context
 
 
-def test_llama_with_our_linear_layers_is_the_same_model(models: dict):
-    llama, tokens = models[benchmark.LLAMA], benchmark.random_tokens(40, models)
-    alike = benchmark.with_our_linear_layers(llama)
-    assert not any(type(layer) is nn.Linear for layer in alike.modules())
-    assert any(type(layer) is nn.Linear for layer in llama.modules())
-    torch.testing.assert_close(alike(tokens).logits, llama(tokens).logits, rtol=1e-4, atol=1e-5)
-
-
 def test_decoding_compiled_equals_eager(models: dict):
     """Both continue the same context, token by token."""
     model = models[benchmark.MODEL]

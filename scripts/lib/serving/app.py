@@ -22,7 +22,7 @@ from lib.documents import start_token_id
 from lib.serving.engine import Engine, Job
 from lib.serving.protocol import ChatRequest, RequestError
 from lib.serving.sessions import ANSWER, Session, Sessions
-from modeling_constattn import cache_nbytes
+from modeling_constattn import cache_nbytes, speed_up_cpu_inference
 
 log = logging.getLogger("uvicorn.error")
 
@@ -34,7 +34,7 @@ class Server:
         self.name, self.options = options.checkpoint, options
         self.tokenizer = load_tokenizer(options.checkpoint)
         model = load_model(options.checkpoint, self.tokenizer)
-        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self.model = speed_up_cpu_inference(model.to("cuda" if torch.cuda.is_available() else "cpu").eval())
         if self.tokenizer.chat_template is None:
             start = self.tokenizer.convert_ids_to_tokens(start_token_id(self.tokenizer))
             self.tokenizer.chat_template = start + "{% for message in messages %}{{ message.content }}{% endfor %}"
