@@ -27,6 +27,12 @@ from .attention_constattn import ConstAttnState, constant_attention
 
 # Tokens that `crop` can take back; what is kept for it is at most twice as many tokens' keys and values.
 MAX_ROLLBACK = 256
+STATE_DTYPES = (torch.float64, torch.float32)  # as inputs and device have it, see `ConstAttnState`
+FLOAT_DTYPES = (*STATE_DTYPES, torch.bfloat16, torch.float16)  # as the model computes, or autocast
+
+Expected = dict[
+    str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]
+]  # name: the shape of a row, and the dtypes it may have
 
 
 class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
@@ -233,6 +239,42 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
                     tensors[name] = torch.cat([before[:, None], past[name]], 1)[:, tokens]
         return tensors
 
+    # ------------------------------------------------------- what rows, files and learned states ask of a layer (`memory_of`)
+
+    @property
+    def kind(self) -> tuple:
+        """What layers have in common that can lie side by side, row by row."""
+        return (self._layer_type,)
+
+    def remembered(self) -> dict[str, Tensor]:
+        """All that it remembers, the rows first, but for how many tokens that was; empty before the first token."""
+        return {name: tensor for name, tensor in self.tensors.items() if name != "behind"}
+
+    def fitted(self, tensors: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+        """What is remembered, in the shape that it has in a layer after `length` tokens."""
+        return tensors
+
+    def rebuilt(self, tensors: dict[str, Tensor], length: int, behind: Tensor | None = None) -> "ConstAttnCacheLayer":
+        """A new layer of this kind with a copy of `tensors`, after `length` tokens, less `behind` [B] of them in each row."""
+        layer = type(self)()
+        for name, tensor in tensors.items():
+            layer.write(name, tensor)
+        if behind is not None:
+            layer.write("behind", behind.to(layer.tensors["mean"].device))
+        layer.advance(length)
+        return layer
+
+    @staticmethod
+    def expected(config: Any, number: int, length: int) -> Expected:
+        """What layer `number` of a model remembers after `length` tokens."""
+        H, K, V = config.num_attention_heads, config.num_slots, config.head_dim
+        expected: Expected = {"log_Z": ((H, K), STATE_DTYPES), "mean": ((H, K, V), STATE_DTYPES)}
+        if config.block_type == "default" and config.conv_kernel_size > 1:
+            expected["conv"] = ((config.conv_kernel_size - 1, H * (2 * K + V)), FLOAT_DTYPES)
+        if config.block_type == "heinsen" and number == 0:
+            expected["position"] = ((config.hidden_size,), STATE_DTYPES)
+        return expected
+
     # The base classes' own ways to store things. The model's layers use `write`.
     def lazy_initialization(self, *args, **kwargs) -> None:
         raise NotImplementedError(f"{type(self).__name__} is written by its model's layer alone")
@@ -275,7 +317,8 @@ def rows_behind(cache: Cache) -> Tensor | None:
 
 def row_lengths(cache: Cache) -> list[int]:
     """The tokens that each row of a cache has seen; no rows before the first token."""
-    rows = max((tensor.shape[0] for layer in cache.layers for tensor in _tensors(layer).values()), default=0)
+    parts = [memory_of(layer).remembered() for layer in cache.layers]
+    rows = max((tensor.shape[0] for part in parts for tensor in part.values()), default=0)
     behind = rows_behind(cache)
     seen = int(cache.get_seq_length())
     return [seen] * rows if behind is None else [seen - short for short in behind.tolist()]
@@ -289,46 +332,23 @@ def stack_caches(caches: Sequence[Cache]) -> DynamicCache:
     is given the attention_mask of a left-padded batch, as always. The result shares no memory with the caches given.
 
     Raises:
-        ValueError: if there is no cache, or one has seen nothing, or their layers differ in kind, shape or dtype; or if rows
-            differ in length and no layer is one of constant attention.
+        ValueError: if there is no cache, or one has no rows or has seen nothing, or their layers differ in kind, shape, dtype or
+            device; or if rows differ in length and no layer is one of constant attention.
         TypeError: for layers of another kind than a `DynamicCache` of these models has.
     """
-    lengths = [row_lengths(cache) for cache in caches]
-    if not all(lengths):
-        raise ValueError(
-            f"of {len(caches)} caches, those with numbers {[i for i, rows in enumerate(lengths) if not rows]} have "
-            "seen nothing yet: there is nothing to stack"
-        )
-    kinds = [[(type(layer), getattr(layer, "sliding_window", None)) for layer in cache.layers] for cache in caches]
-    if not caches or any(other != kinds[0] for other in kinds):
-        raise ValueError("stack_caches needs one or more caches of one model; these have different layers")
-    flat = torch.tensor([length for rows in lengths for length in rows])
-    longest = int(flat.max())
+    lengths = torch.tensor([length for cache in caches for length in row_lengths(cache)])
+    layers = _side_by_side(caches)
+    longest = int(lengths.max())
+    behind = longest - lengths if lengths.min() < longest else None
     stacked = DynamicCache()
     stacked.layers = []
-    for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
-        parts = [_tensors(layer) for layer in layers]
-        joined = {}
-        for name in sorted({name for part in parts for name in part} - {"behind"}):
-            known = next(part[name] for part in parts if name in part)
-            # A window that nothing has gone through yet has no tensors.
-            tensors = [
-                part.get(name, known.new_zeros(len(rows), *known.shape[1:]))
-                for part, rows in zip(parts, lengths, strict=True)
-            ]
-            if isinstance(layers[0], DynamicSlidingWindowLayer):
-                width = min(longest, layers[0].sliding_window - 1)
-                tensors = [_at_right(tensor, width) for tensor in tensors]
-            if len({(*tensor.shape[1:], tensor.dtype) for tensor in tensors}) > 1:
-                found = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors)
-                raise ValueError(f"these caches are of different models: {name} of layer {number} is {found}")
-            joined[name] = torch.cat(tensors)
-        if isinstance(layers[0], ConstAttnCacheLayer) and flat.min() < longest:
-            joined["behind"] = (longest - flat).to(joined["mean"].device)
-        stacked.layers.append(_filled(_empty_like(layers[0]), joined, longest))
-    if flat.min() < longest and rows_behind(stacked) is None:
+    for memories in layers:
+        parts = [memory.fitted(memory.remembered(), longest) for memory in memories]
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        stacked.layers.append(memories[0].rebuilt(joined, longest, behind))
+    if behind is not None and rows_behind(stacked) is None:
         raise ValueError(
-            f"a cache without constant-attention layers cannot hold rows of {int(flat.min())} and {longest} tokens"
+            f"a cache without constant-attention layers cannot hold rows of {int(lengths.min())} and {longest} tokens"
         )
     return stacked
 
@@ -343,18 +363,21 @@ def merge_caches(caches: Sequence[Cache]) -> DynamicCache:
     that of the last cache. The result shares no memory with the caches given.
 
     Raises:
-        ValueError: if there is no cache, or one has seen nothing, or they are of different models or rows.
+        ValueError: if there is no cache, or one has no rows or has seen nothing, or they are of different models, rows or devices.
         TypeError: for layers of another kind than a `DynamicCache` of these models has.
     """
-    if len({(len(cache.layers), len(row_lengths(cache))) for cache in caches}) != 1 or not row_lengths(caches[0]):
+    layers = _side_by_side(caches)
+    if len({len(row_lengths(cache)) for cache in caches}) > 1:
         raise ValueError(
-            "merge_caches needs one or more caches of one model, with as many rows, that have read something"
+            f"merge_caches needs caches of as many rows; these have {[len(row_lengths(cache)) for cache in caches]}"
         )
     merged = stack_caches([caches[-1]])
-    for number, layer in enumerate(merged.layers):
-        if isinstance(layer, ConstAttnCacheLayer):
-            states = [cast(ConstAttnState, cache.layers[number].state) for cache in caches]
-            state = functools.reduce(ConstAttnState.merge, states)
+    for layer, memories in zip(merged.layers, layers, strict=True):
+        parts = [memory.remembered() for memory in memories]
+        if "log_Z" in parts[0]:
+            state = functools.reduce(
+                ConstAttnState.merge, [ConstAttnState(part["log_Z"], part["mean"]) for part in parts]
+            )
             layer.write("log_Z", state.log_Z)
             layer.write("mean", state.mean)
     return merged
@@ -366,54 +389,85 @@ def split_cache(cache: Cache) -> list[DynamicCache]:
     for row, length in enumerate(row_lengths(cache)):
         one = DynamicCache()
         one.layers = []
-        for layer in cache.layers:
-            tensors = {name: tensor[row : row + 1] for name, tensor in _tensors(layer).items() if name != "behind"}
-            if isinstance(layer, DynamicSlidingWindowLayer):
-                width = min(length, layer.sliding_window - 1)
-                tensors = {name: _at_right(tensor, width) for name, tensor in tensors.items()}
-            one.layers.append(_filled(_empty_like(layer), tensors, length))
+        for memory in map(memory_of, cache.layers):
+            tensors = {name: tensor[row : row + 1] for name, tensor in memory.remembered().items()}
+            one.layers.append(memory.rebuilt(memory.fitted(tensors, length), length))
         rows.append(one)
     return rows
 
 
-def _at_right(window: Tensor, width: int) -> Tensor:
-    """The last `width` tokens of [B,H,S,V], zeros before them where there are fewer."""
-    window = window[:, :, max(0, window.shape[2] - width) :]
-    return nn.functional.pad(window, (0, 0, width - window.shape[2], 0))
+def memory_of(layer: Any) -> Any:
+    """A layer by what this file and `state_files_constattn` ask of it: `kind`, `remembered`, `fitted`, `rebuilt` and `expected`,
+    see `ConstAttnCacheLayer`. A layer that has them can be saved, stacked, split and learned.
+
+    Raises:
+        TypeError: if it has not.
+    """
+    if hasattr(layer, "remembered"):
+        return layer
+    if type(layer) is DynamicSlidingWindowLayer:
+        return _SlidingWindow(layer)
+    raise TypeError(
+        f"a {type(layer).__name__} cannot be saved, stacked or split; use DynamicCache(config=model.config)"
+    )
 
 
-def _tensors(layer: Any) -> dict[str, Tensor]:
-    """All that a layer remembers."""
-    if isinstance(layer, ConstAttnCacheLayer):
-        return layer.tensors
-    if type(layer) is not DynamicSlidingWindowLayer:
-        raise TypeError(
-            f"a {type(layer).__name__} cannot be saved, stacked or split; use DynamicCache(config=model.config)"
-        )
-    if not layer.is_initialized:
-        return {}
-    # While it records for `crop`, the layer holds more than its window.
-    width = min(layer.keys.shape[2], layer.sliding_window - 1)
-    return {"keys": _at_right(layer.keys, width), "values": _at_right(layer.values, width)}
+class _SlidingWindow:
+    """Transformers' own layer of a window, by the same names."""
 
+    def __init__(self, layer: DynamicSlidingWindowLayer):
+        self.layer, self.window = layer, layer.sliding_window
+        self.kind = ("sliding_attention", self.window)
 
-def _empty_like(layer: Any) -> Any:
-    if isinstance(layer, ConstAttnCacheLayer):
-        return ConstAttnCacheLayer()
-    return DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+    def remembered(self) -> dict[str, Tensor]:
+        if not self.layer.is_initialized:
+            return {}
+        # While it records for `crop`, the layer holds more than its window.
+        tensors = {"keys": self.layer.keys, "values": self.layer.values}
+        return self.fitted(tensors, self.layer.keys.shape[2])
 
+    def fitted(self, tensors: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+        """[B,H,S,V]: the last tokens, zeros before them where there are fewer."""
+        width = min(length, self.window - 1)
+        tensors = {name: tensor[:, :, max(0, tensor.shape[2] - width) :] for name, tensor in tensors.items()}
+        return {
+            name: nn.functional.pad(tensor, (0, 0, short, 0)) if (short := width - tensor.shape[2]) else tensor
+            for name, tensor in tensors.items()
+        }
 
-def _filled(layer: Any, tensors: dict[str, Tensor], length: int) -> Any:
-    """A new layer with a copy of these tensors, after `length` tokens."""
-    if isinstance(layer, ConstAttnCacheLayer):
-        for name, tensor in tensors.items():
-            layer.write(name, tensor)
-        layer.advance(length)
-    elif tensors:
+    def rebuilt(self, tensors: dict[str, Tensor], length: int, behind: None = None) -> DynamicSlidingWindowLayer:
+        layer = DynamicSlidingWindowLayer(sliding_window=self.window)
         layer.lazy_initialization(tensors["keys"], tensors["values"])
         layer.keys, layer.values = tensors["keys"].clone(), tensors["values"].clone()
         layer.cumulative_length = length
-    return layer
+        return layer
+
+    def expected(self, config: Any, number: int, length: int) -> Expected:
+        shape = (config.num_attention_heads, min(length, self.window - 1), config.head_dim)
+        return {"keys": (shape, FLOAT_DTYPES), "values": (shape, FLOAT_DTYPES)}
+
+
+def _side_by_side(caches: Sequence[Cache]) -> list[tuple[Any, ...]]:
+    """For each layer of a model, the memories of all caches; they fit together."""
+    if not caches:
+        raise ValueError("one or more caches are needed; none is given")
+    if unfit := [number for number, cache in enumerate(caches) if not row_lengths(cache)]:
+        raise ValueError(f"of {len(caches)} caches, those with numbers {unfit} have no rows or have seen nothing yet")
+    columns = [[memory_of(layer) for layer in cache.layers] for cache in caches]
+    kinds = [[memory.kind for memory in column] for column in columns]
+    if any(other != kinds[0] for other in kinds):
+        raise ValueError("these caches have different layers; they are to be of one model")
+    layers = list(zip(*columns, strict=True))
+    for number, memories in enumerate(layers):
+        parts = [memory.fitted(memory.remembered(), 1) for memory in memories]
+        for name in sorted({name for part in parts for name in part}):
+            found = [
+                f"{(*part[name].shape[1:],)} {part[name].dtype} on {part[name].device}" if name in part else "missing"
+                for part in parts
+            ]
+            if len(set(found)) > 1:
+                raise ValueError(f"these caches do not fit together: {name} of layer {number} is {', '.join(found)}")
+    return layers
 
 
 # ------------------------------------------------------------------------------------------------------------- a state is learned
@@ -452,7 +506,8 @@ class LearnedState(nn.Module):
             {
                 f"{number}_{name}": nn.Parameter(torch.zeros_like(tensor, dtype=torch.float32))
                 for number, layer in enumerate(self.start.layers)
-                for name, tensor in _tensors(layer).items()
+                for name, tensor in memory_of(layer).remembered().items()
+                if tensor.is_floating_point()
             }
         )
 
@@ -460,15 +515,19 @@ class LearnedState(nn.Module):
         """The state, once for each row of a batch; gradients flow to the parameters."""
         begun = DynamicCache()
         begun.layers = []
-        for number, layer in enumerate(self.start.layers):
+        for number, memory in enumerate(map(memory_of, self.start.layers)):
             tensors = {
-                name: self._shifted(name, tensor, self.shifts[f"{number}_{name}"]).expand(rows, *tensor.shape[1:])
-                for name, tensor in _tensors(layer).items()
+                name: self._shifted(number, name, tensor).expand(rows, *tensor.shape[1:])
+                for name, tensor in memory.remembered().items()
             }
-            begun.layers.append(_filled(_empty_like(layer), tensors, int(layer.get_seq_length())))
+            begun.layers.append(memory.rebuilt(tensors, int(self.start.get_seq_length())))
         return begun
 
-    def _shifted(self, name: str, tensor: Tensor, shift: Tensor) -> Tensor:
+    def _shifted(self, number: int, name: str, tensor: Tensor) -> Tensor:
+        key = f"{number}_{name}"
+        if key not in self.shifts:  # whole numbers
+            return tensor.to(next(iter(self.shifts.values())).device)
+        shift = self.shifts[key]
         tensor = tensor.to(shift.device)
         if name == "log_Z":
             return tensor + _MAX_LOG_Z_SHIFT * (shift / _MAX_LOG_Z_SHIFT).tanh()

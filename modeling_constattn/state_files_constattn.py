@@ -31,13 +31,15 @@ from typing import Any, Literal, overload
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import PreTrainedModel
 
-from .cache_constattn import _filled, _tensors, row_lengths
+from .attention_constattn import _log_dtype
+from .cache_constattn import Expected, memory_of, row_lengths, rows_behind
 from .configuration_constattn import ConstAttnConfig
 
 _FORMAT, _FORMAT_VERSION = "constattn-cache", "2"
@@ -56,6 +58,7 @@ _OTHER_FIELDS = (
     "eos_token_id",
     "pad_token_id",
 )
+_CONFIG_FIELDS = tuple(name for name in ConstAttnConfig.__annotations__ if name not in _OTHER_FIELDS)
 
 
 def save_cache(
@@ -84,18 +87,26 @@ def save_cache(
             name of an entry, or all are too long; if the model is not of this family.
         TypeError: if a note is no string; for layers of another kind than a `DynamicCache` of these models has.
     """
+    rows, tokens = len(row_lengths(cache)), int(cache.get_seq_length())
+    if not rows:
+        raise ValueError("the cache has no rows, or has seen nothing yet: there is nothing to save")
     tensors = {
-        f"layers.{number}.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        f"layers.{number}.{name}": tensor
         for number, layer in enumerate(cache.layers)
-        for name, tensor in _tensors(layer).items()
+        for name, tensor in memory_of(layer).remembered().items()
     }
-    if not tensors:
-        raise ValueError("the cache has seen nothing yet: there is nothing to save")
+    if (behind := rows_behind(cache)) is not None:
+        tensors["behind"] = behind
+    _check_tensors(tensors, _base_model(model).config, rows, tokens, "the cache")
+    # copies, since tensors that share memory cannot be written
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     header = _model_entries(model, fingerprint) | {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
-        "tokens_seen": str(int(cache.get_seq_length())),
-        "rows": str(len(row_lengths(cache))),
+        "tokens_seen": str(tokens),
+        "rows": str(rows),
         "sha256": _NO_DIGEST,
     }
     notes = notes or {}
@@ -156,9 +167,10 @@ def load_cache(path, model, *, return_header=False, fingerprint=None):
         ValueError: if it is cut off, damaged, no such file, of another version or another model; it says what is wrong.
     """
     header, content = _read(path)
-    differences, own = [], _model_entries(model, fingerprint)
-    if header["config"] != own["config"]:
-        theirs, ours = json.loads(header["config"]), json.loads(own["config"])
+    base, own = _base_model(model), _model_entries(model, fingerprint)
+    differences = []
+    theirs, ours = (_fields(entries["config"], path) for entries in (header, own))
+    if theirs != ours:
         for name in sorted(theirs.keys() | ours.keys()):
             if theirs.get(name) != ours.get(name):
                 differences.append(f"{name} is {theirs.get(name)}, the model's {ours.get(name)}")
@@ -171,16 +183,73 @@ def load_cache(path, model, *, return_header=False, fingerprint=None):
             f"'{path}' is the state of another model, {header['model'] or 'unnamed'}: {'; '.join(differences)}"
         )
 
-    base = _base_model(model)
+    rows, tokens = (_count(header, name, path) for name in ("rows", "tokens_seen"))
+    try:
+        tensors = safetensors.torch.load(content)
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is no safetensors file: {error}") from error
+    _check_tensors(tensors, base.config, rows, tokens, f"'{path}'")
     cache = DynamicCache(config=base.config)
-    saved = safetensors.torch.load(content)
     for number, layer in enumerate(cache.layers):
-        prefix, device = f"layers.{number}.", _device(base.layers[number])
-        tensors = {
-            name.removeprefix(prefix): tensor.to(device) for name, tensor in saved.items() if name.startswith(prefix)
+        memory, device = memory_of(layer), _device(base.layers[number])
+        own_tensors = {
+            name: _moved(tensors[f"layers.{number}.{name}"], device)
+            for name in memory.expected(base.config, number, tokens)
         }
-        _filled(layer, tensors, int(header["tokens_seen"]))
+        cache.layers[number] = memory.rebuilt(own_tensors, tokens, tensors.get("behind"))
     return (cache, header) if return_header else cache
+
+
+def _check_tensors(tensors: dict[str, Tensor], config: Any, rows: int, tokens: int, whose: str) -> None:
+    """Raises ValueError where these tensors are not all that the model's own cache would hold, or no numbers."""
+    expected: Expected = {}
+    for number, layer in enumerate(DynamicCache(config=config).layers):
+        for name, (shape, dtypes) in memory_of(layer).expected(config, number, tokens).items():
+            expected[f"layers.{number}.{name}"] = (rows, *shape), dtypes
+    if "behind" in tensors:
+        expected["behind"] = (rows,), (torch.int64,)
+    if missing := expected.keys() - tensors.keys():
+        raise ValueError(f"{whose} lacks {', '.join(sorted(missing))}, which a cache of the model has")
+    if strange := tensors.keys() - expected.keys():
+        raise ValueError(f"{whose} holds {', '.join(sorted(strange))}, which no cache of the model has")
+    for name, tensor in tensors.items():
+        shape, dtypes = expected[name]
+        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+            found = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            wanted = f"{list(shape)} {' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}"
+            raise ValueError(f"{whose} holds {name} as {found}; in a cache of the model it is {wanted}")
+        if tensor.is_meta:
+            raise ValueError(f"{whose} holds {name} on the meta device, without numbers")
+        if name == "behind":
+            if tensor.min() < 0 or tensor.max() > tokens:
+                raise ValueError(f"{whose} has seen {tokens} tokens; rows cannot be {tensor.tolist()} tokens behind")
+        else:
+            # a slot that has seen nothing weighs exp(−inf)
+            wrong = tensor.isnan() | (tensor.isposinf() if name.endswith(".log_Z") else tensor.isinf())
+            if wrong.any():
+                raise ValueError(f"{whose} holds NaN or infinite numbers: {int(wrong.sum())} of {name}")
+
+
+def _moved(tensor: Tensor, device: Any) -> Tensor:
+    return tensor.to(device, _log_dtype(device) if tensor.dtype == torch.float64 else tensor.dtype)
+
+
+def _fields(described: str, path: str | os.PathLike) -> dict[str, Any]:
+    """A config entry; a field that the release which wrote it had not yet is as the config has it by default."""
+    try:
+        fields = json.loads(described)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{path}' is damaged: its config is no JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"'{path}' is damaged: its config is {fields!r}, no fields by name")
+    return {name: getattr(ConstAttnConfig, name, None) for name in _CONFIG_FIELDS} | fields
+
+
+def _count(header: dict[str, str], name: str, path: str | os.PathLike) -> int:
+    text = header[name]
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) > 0):
+        raise ValueError(f"'{path}' is damaged: its header has {name}={text!r}, which is to be a whole number above 0")
+    return int(text)
 
 
 def _entry(digest: str) -> bytes:
@@ -218,9 +287,11 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, str], bytes]:
             )
         if missing := _ENTRIES - header.keys():
             raise ValueError(f"'{path}' is damaged: its header lacks {sorted(missing)}")
+        if strange := [name for name, value in header.items() if not isinstance(value, str)]:
+            raise ValueError(f"'{path}' is damaged: {sorted(strange)} of its header are no strings")
         rest = file.read()
     digest = hashlib.sha256(start)
-    digest.update(head.replace(_entry(str(header["sha256"])), _entry(_NO_DIGEST)))
+    digest.update(head.replace(_entry(header["sha256"]), _entry(_NO_DIGEST)))
     digest.update(rest)
     if digest.hexdigest() != header["sha256"]:
         raise ValueError(f"'{path}' is cut off or damaged: it is not what was written, by its SHA-256")
@@ -297,7 +368,7 @@ def _base_model(model: Any) -> Any:
 
 def _model_entries(model: Any, fingerprint: str | None) -> dict[str, str]:
     base = _base_model(model)
-    fields = {name: getattr(base.config, name) for name in ConstAttnConfig.__annotations__ if name not in _OTHER_FIELDS}
+    fields = {name: getattr(base.config, name) for name in _CONFIG_FIELDS}
     return {
         "model": base.config._name_or_path,
         "config": json.dumps(fields, sort_keys=True),

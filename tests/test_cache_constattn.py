@@ -319,22 +319,42 @@ def test_merged_caches_have_the_surroundings_of_the_last(member):
     logits = continued(member, merged, text(9))
     assert not torch.allclose(logits, continued(member, caches[1], text(9)), atol=1e-3)
     assert torch.equal(continued(member, caches[0], text(9)), expected)  # as it was
-    for wrong in ([], [DynamicCache(config=member.config)], [caches[0], read(member, text(9, batch=2))]):
-        with pytest.raises(ValueError, match="merge_caches needs one or more caches"):
+    for wrong, says in (
+        ([], "one or more caches are needed"),
+        ([DynamicCache(config=member.config)], "have seen nothing yet"),
+        ([caches[0], read(member, text(9, batch=2))], r"caches of as many rows; these have \[1, 2\]"),
+    ):
+        with pytest.raises(ValueError, match=says):
             merge_caches(wrong)
+
+
+def test_states_of_different_models_are_not_merged():
+    with pytest.raises(ValueError, match=r"do not fit together: conv of layer 0 is \(3, 64\).*, \(3, 96\)"):
+        merge_caches([read(make_model("default"), text(3)), read(make_model("default", num_slots=16), text(3))])
 
 
 def test_what_cannot_be_stacked():
     model = make_model("default")
     cache = read(model, text(3))
-    with pytest.raises(ValueError, match="needs one or more caches"):
+    with pytest.raises(ValueError, match="one or more caches are needed"):
         stack_caches([])
-    with pytest.raises(ValueError, match=r"of 2 caches, those with numbers \[1\] have seen nothing yet"):
+    with pytest.raises(
+        ValueError, match=r"of 2 caches, those with numbers \[1\] have no rows or have seen nothing yet"
+    ):
         stack_caches([cache, DynamicCache(config=model.config)])
-    with pytest.raises(ValueError, match="these have different layers"):
+    with pytest.raises(ValueError, match="these caches have different layers"):
         stack_caches([cache, read(make_model("hybrid"), text(3))])
-    with pytest.raises(ValueError, match="of different models: conv of layer 0 is"):
+    with pytest.raises(ValueError, match="do not fit together: conv of layer 0 is"):
         stack_caches([cache, read(make_model("default", num_slots=16), text(3))])
+    elsewhere = copy.deepcopy(cache)
+    elsewhere.layers[1].tensors = {name: tensor.to("meta") for name, tensor in elsewhere.layers[1].tensors.items()}
+    with pytest.raises(ValueError, match=r"layer 1 is .* on cpu, .* on meta"):
+        stack_caches([cache, elsewhere])
+    nobody = copy.deepcopy(cache)
+    nobody.batch_select_indices(torch.tensor([], dtype=torch.long))
+    assert split_cache(nobody) == row_lengths(nobody) == []
+    with pytest.raises(ValueError, match=r"numbers \[0\] have no rows"):
+        stack_caches([nobody, cache])
     windows = make_model("hybrid", mixer_types=["sliding_attention"] * 3)
     with pytest.raises(ValueError, match="without constant-attention layers cannot hold rows of 3 and 9 tokens"):
         stack_caches([read(windows, text(3)), read(windows, text(9))])
