@@ -1,4 +1,4 @@
-"""Chat models and LoRA: what counts, what is trained, and the README's way from a published checkpoint to a published one."""
+"""Chat models and LoRA: what counts, what is trained, and the way from a published checkpoint to a published one."""
 
 import json
 import re
@@ -270,7 +270,9 @@ def test_a_checkpoint_that_cannot_chat(trained: Path, chats: Path, evaluate_scri
 def test_the_readmes_way(base: Path, chats: Path, without_package: dict[str, str], tmp_path: Path):
     """Its commands as they stand, with fewer steps; then the card's code, without this package or PEFT."""
     pytest.importorskip("peft", reason="needs peft")
-    (block,) = re.findall(r"## Teach it to chat\n.*?```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = re.findall(
+        r"## Teach it to chat\n.*?```bash\n(.*?)```", (ROOT / "scripts/README.md").read_text(), re.DOTALL
+    )
     install, *lines = block.splitlines()
     assert install == ".venv/bin/pip install -e '.[peft]' -c constraints.txt"
     commands = [shlex.split(line)[1:] for line in lines]
