@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from lib.documents import encode_chat, encode_documents, marks_answers, start_token_id
-from lib.runs import Run
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -28,6 +26,9 @@ from transformers import (
     EvalPrediction,
     PreTrainedTokenizerBase,
 )
+
+from lib.documents import encode_chat, encode_documents, marks_answers, start_token_id
+from lib.runs import Run
 
 
 @dataclass
