@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
     STATIC_LAYER_TYPE_MAPPING,
     Cache,
     CacheLayerMixin,
@@ -53,7 +54,6 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     been added to them since.
     """
 
-    _layer_type = "constant_attention"
     # Both bases define these; a constant-size layer is made by its first update.
     supports_early_init = False
     is_croppable = True
@@ -291,8 +291,28 @@ def cache_layer(past_key_values: Cache | None, layer_idx: int) -> ConstAttnCache
     return None if past_key_values is None else past_key_values.layers[layer_idx]
 
 
-# The same layer serves static caches; and `generate` makes this layer's mask as it does for recurrent layers: 2D or none.
-STATIC_LAYER_TYPE_MAPPING["constant_attention"] = ConstAttnCacheLayer
+def is_constant(layer: Any) -> bool:
+    """Whether a cache's layer is one of constant attention: of this class, or of that which another copy of this code defines."""
+    return getattr(layer, "_layer_type", None) == "constant_attention"
+
+
+def own_layers(cache: Cache) -> None:
+    """Has the cache's layers of constant attention be of this class, with all that they hold.
+
+    Each checkpoint that is loaded with its own code has a copy of this file, perhaps of another release, and Transformers' tables
+    know one class alone: so `DynamicCache(config=…)` gives any model the layers of whichever copy came first.
+    """
+    for number, layer in enumerate(cache.layers):
+        if is_constant(layer) and not isinstance(layer, ConstAttnCacheLayer):
+            cache.layers[number] = own = ConstAttnCacheLayer()
+            own.__dict__.update(layer.__dict__)
+
+
+# Transformers would enter the class as it is defined, in place of another copy's. The same layer serves static caches.
+ConstAttnCacheLayer._layer_type = "constant_attention"
+DYNAMIC_LAYER_TYPE_MAPPING.setdefault("constant_attention", ConstAttnCacheLayer)
+STATIC_LAYER_TYPE_MAPPING.setdefault("constant_attention", ConstAttnCacheLayer)
+# `generate` makes this layer's mask as it does for recurrent layers: 2D or none.
 LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING["constant_attention"] = create_recurrent_attention_mask
 
 
@@ -300,7 +320,7 @@ def cache_nbytes(cache: Cache) -> int:
     """Bytes that all layers of a cache hold, of any Transformers cache."""
     total = 0
     for layer in cache.layers:
-        if isinstance(layer, ConstAttnCacheLayer):
+        if is_constant(layer):
             total += layer.nbytes
         elif layer.is_initialized:
             total += layer.keys.nbytes + layer.values.nbytes
@@ -556,7 +576,9 @@ __all__ = [
     "LearnedState",
     "cache_layer",
     "cache_nbytes",
+    "is_constant",
     "merge_caches",
+    "own_layers",
     "row_lengths",
     "rows_behind",
     "split_cache",

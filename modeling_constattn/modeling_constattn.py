@@ -30,12 +30,12 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
-from transformers.utils import is_tracing
+from transformers.utils import is_torchdynamo_compiling, is_tracing
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_constattn import ConstAttnState, constant_attention
-from .cache_constattn import ConstAttnCacheLayer, cache_layer, rows_behind
+from .cache_constattn import ConstAttnCacheLayer, cache_layer, is_constant, own_layers, rows_behind
 from .configuration_constattn import ConstAttnConfig
 from .heinsen_constattn import HeinsenBlock, HeinsenPositions
 from .state_files_constattn import load_cache, save_cache  # noqa: F401  the file travels with a checkpoint's code
@@ -380,7 +380,9 @@ class ConstAttnPreTrainedModel(PreTrainedModel):
 
 
 def _check_cache(past_key_values: Cache, config: ConstAttnConfig, batch: int) -> None:
-    """One error for a cache that another model, or another batch, has filled."""
+    """Makes its layers this model's; one error for a cache that another model, or another batch, has filled."""
+    if not is_torchdynamo_compiling():
+        own_layers(past_key_values)
     layers = past_key_values.layers
     if len(layers) != config.num_hidden_layers:
         raise ValueError(
@@ -388,12 +390,12 @@ def _check_cache(past_key_values: Cache, config: ConstAttnConfig, batch: int) ->
             "make it by DynamicCache(config=model.config)"
         )
     for i, (layer, mixer_type) in enumerate(zip(layers, config.layer_types, strict=True)):
-        if isinstance(layer, ConstAttnCacheLayer) != (mixer_type == "constant_attention"):
+        if is_constant(layer) != (mixer_type == "constant_attention"):
             raise ValueError(
                 f"past_key_values.layers[{i}] is a {type(layer).__name__}, the model's layer {i} {mixer_type}; "
                 "make the cache by DynamicCache(config=model.config)"
             )
-        if isinstance(layer, ConstAttnCacheLayer) and layer.batch_size not in (-1, batch):
+        if is_constant(layer) and layer.batch_size not in (-1, batch):
             raise ValueError(f"past_key_values holds {layer.batch_size} rows, the input {batch}")
 
 
@@ -494,10 +496,10 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
             if lag_limit is not None:
                 raise ValueError("packed documents need a causal model; with is_causal=False, pad them to one row each")
             use_cache = False
+        if past_key_values is None and use_cache and lag_limit is None:
+            past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             _check_cache(past_key_values, self.config, B)
-        elif use_cache and lag_limit is None:
-            past_key_values = DynamicCache(config=self.config)
         masks, rotary = self._masks_and_rotary(inputs_embeds, attention_mask, position_ids, past_key_values, lag_limit)
 
         hidden_states = inputs_embeds
