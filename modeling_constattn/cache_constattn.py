@@ -8,7 +8,7 @@ cache, and Python has `copy.deepcopy`.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ MAX_ROLLBACK = 256
 STATE_DTYPES = (torch.float64, torch.float32)  # as inputs and device have it, see `ConstAttnState`
 FLOAT_DTYPES = (*STATE_DTYPES, torch.bfloat16, torch.float16)  # as the model computes, or autocast
 
+_Cache = TypeVar("_Cache", bound=Cache)
 Expected = dict[
     str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]
 ]  # name: the shape of a row, and the dtypes it may have
@@ -296,8 +297,8 @@ def is_constant(layer: Any) -> bool:
     return getattr(layer, "_layer_type", None) == "constant_attention"
 
 
-def own_layers(cache: Cache) -> None:
-    """Has the cache's layers of constant attention be of this class, with all that they hold.
+def own_layers(cache: _Cache) -> _Cache:
+    """Has a cache's layers of constant attention be of this class, with all that they hold.
 
     Each checkpoint that is loaded with its own code has a copy of this file, perhaps of another release, and Transformers' tables
     know one class alone: so `DynamicCache(config=…)` gives any model the layers of whichever copy came first.
@@ -306,6 +307,7 @@ def own_layers(cache: Cache) -> None:
         if is_constant(layer) and not isinstance(layer, ConstAttnCacheLayer):
             cache.layers[number] = own = ConstAttnCacheLayer()
             own.__dict__.update(layer.__dict__)
+    return cache
 
 
 # Transformers would enter the class as it is defined, in place of another copy's. The same layer serves static caches.

@@ -39,7 +39,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import PreTrainedModel
 
 from .attention_constattn import _log_dtype
-from .cache_constattn import Expected, memory_of, row_lengths, rows_behind
+from .cache_constattn import Expected, memory_of, own_layers, row_lengths, rows_behind
 from .configuration_constattn import ConstAttnConfig
 
 _FORMAT, _FORMAT_VERSION = "constattn-cache", "2"
@@ -189,7 +189,7 @@ def load_cache(path, model, *, return_header=False, fingerprint=None):
     except SafetensorError as error:
         raise ValueError(f"'{path}' is no safetensors file: {error}") from error
     _check_tensors(tensors, base.config, rows, tokens, f"'{path}'")
-    cache = DynamicCache(config=base.config)
+    cache = own_layers(DynamicCache(config=base.config))
     for number, layer in enumerate(cache.layers):
         memory, device = memory_of(layer), _device(base.layers[number])
         own_tensors = {
@@ -203,7 +203,7 @@ def load_cache(path, model, *, return_header=False, fingerprint=None):
 def _check_tensors(tensors: dict[str, Tensor], config: Any, rows: int, tokens: int, whose: str) -> None:
     """Raises ValueError where these tensors are not all that the model's own cache would hold, or no numbers."""
     expected: Expected = {}
-    for number, layer in enumerate(DynamicCache(config=config).layers):
+    for number, layer in enumerate(own_layers(DynamicCache(config=config)).layers):
         for name, (shape, dtypes) in memory_of(layer).expected(config, number, tokens).items():
             expected[f"layers.{number}.{name}"] = (rows, *shape), dtypes
     if "behind" in tensors:
