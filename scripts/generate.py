@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 import torch
 from lib.checkpoints import load_model, load_tokenizer
-from lib.documents import start_token_id, token_ids
+from lib.documents import encode_rendered, render_chat, start_token_id, token_ids
 from transformers import Cache, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from modeling_constattn import ConstAttnCacheLayer, cache_nbytes, speed_up_cpu_inference
@@ -93,7 +93,7 @@ def question(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
             f"error: '{tokenizer.name_or_path}' has no chat template: leave --chat out, or train it for chat"
         )
     messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return encode_rendered(render_chat(messages, tokenizer, add_generation_prompt=True), tokenizer)
 
 
 @torch.no_grad()  # like `generate`: what inference_mode makes, the cache could not be updated in later

@@ -1,21 +1,29 @@
-"""Documents: read them from local files or the Hub, and cut them into pieces that a tokenizer reads one at a time.
+"""Documents and conversations: read them from local files or the Hub, and turn them into tokens.
 
     documents = load_documents(["notes/", "more.jsonl"])       # a datasets.Dataset with one column, "text"
-    for tokens in tokenise_documents(documents, tokenizer):    # one list of token ids per document
+    for document in encode_documents(documents, tokenizer):    # {"input_ids": […]}
         ...
+    ids = encode_rendered(render_chat(messages, tokenizer, add_generation_prompt=True), tokenizer)
 
-Used by train.py, evaluate.py and generate.py. Data that cannot be used ends the script with one line that names it.
+Text from outside is text, also where it spells a special token: those stand only where the chat template or the code puts
+them. Data that cannot be used ends the script with one line that names it.
 """
 
 import io
 import itertools
+import json
 import re
-from collections.abc import Iterator
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
+from weakref import WeakKeyDictionary
 
 from datasets import Dataset, IterableDataset, Value, concatenate_datasets, load_dataset
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 READERS = {  # file suffix: the reader of `datasets.load_dataset`; a folder contributes its files with these suffixes
     ".txt": "text",
@@ -158,10 +166,8 @@ def split_text(stream: TextIO, tokenizer: PreTrainedTokenizerBase, characters: i
     " word" changes nothing. Where a tokenizer does (tested here), the text stays whole.
     """
 
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    if ids("one two") != ids("one") + ids(" two"):
+    whole, *parts = text_ids(["one two", "one", " two"], tokenizer)
+    if whole != parts[0] + parts[1]:
         yield stream.read()
         return
     rest = ""
@@ -180,7 +186,61 @@ def split_text(stream: TextIO, tokenizer: PreTrainedTokenizerBase, characters: i
 def token_ids(stream: TextIO, tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
     """The token ids of a text of any length, without special tokens, one by one; reads on as they are taken."""
     for piece in split_text(stream, tokenizer):
-        yield from tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        yield from text_ids([piece], tokenizer)[0]
+
+
+def text_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The token ids of each text, without special tokens, also where it spells one."""
+    backend = twin(tokenizer).backend
+    if backend is None:
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts)]
+
+
+class Twin:
+    """Reads all text as text: its special tokens have names that no text spells.
+
+    (A tokenizer's own `split_special_tokens` does not keep a Unigram or WordPiece model from finding them in its vocabulary.)
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special: list[str]):
+        self.names = {token: token for token in special}  # its name here
+        self.spelling = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+        # a character of each, without which no text spells it, and a lone surrogate, which no text holds, to put there
+        characters = sorted({next((c for c in token if not c.isalnum()), token[0]) for token in special})
+        self.guards = {ord(character): 0xD800 + number for number, character in enumerate(characters)}
+        self.characters = {guard: character for character, guard in self.guards.items()}
+        self.backend: Tokenizer | None = None  # of fast tokenizers
+        if not tokenizer.is_fast:
+            return
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content |= {"post_processor": None, "truncation": None, "padding": None}
+        model, secret = content["model"], secrets.token_hex(16)
+        if model["type"] == "BPE":  # makes special tokens of no text, unless it is one of text too, as "!" for padding
+            own = {"".join(merge) for merge in model["merges"]} | {token for token in special if len(token) == 1}
+        else:
+            own = set()
+        self.names = {token: token if token in own else f"{secret}n{n}n" for n, token in enumerate(special)}
+        for token in content["added_tokens"]:
+            token["content"] = self.names.get(token["content"], token["content"])
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {self.names.get(token, token): number for token, number in model["vocab"].items()}
+        else:
+            model["vocab"] = [[self.names.get(token, token), score] for token, score in model["vocab"]]
+        if model.get("unk_token"):
+            model["unk_token"] = self.names.get(model["unk_token"], model["unk_token"])
+        self.backend = Tokenizer.from_str(json.dumps(content))
+
+
+_twins: WeakKeyDictionary[PreTrainedTokenizerBase, Twin] = WeakKeyDictionary()
+
+
+def twin(tokenizer: PreTrainedTokenizerBase) -> Twin:
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    special = list(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
+    if tokenizer not in _twins or list(_twins[tokenizer].names) != special:
+        _twins[tokenizer] = Twin(tokenizer, special)
+    return _twins[tokenizer]
 
 
 def start_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -196,12 +256,6 @@ def start_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
-def tokenise_documents(documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Token ids of each document that holds text, without special tokens; 64 documents at a time, on all cores."""
-    for document in encode_documents(documents, tokenizer):
-        yield document["input_ids"]
-
-
 def encode_documents(
     documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, words: bool = False
 ) -> Iterator[dict[str, list[int]]]:
@@ -210,13 +264,12 @@ def encode_documents(
         texts = [list(split_text(io.StringIO(text), tokenizer)) for text in batch["text"] if text]
         if not texts:
             continue
-        pieces = itertools.chain.from_iterable(texts)
-        encoded = tokenizer(list(pieces), add_special_tokens=False, verbose=False)
-        columns = {"input_ids": encoded["input_ids"]}
+        pieces = list(itertools.chain.from_iterable(texts))
+        columns = {"input_ids": text_ids(pieces, tokenizer)}
         if words:
             columns["starts_word"] = [
-                [int(word != before) for before, word in itertools.pairwise([None, *encoded.word_ids(number)])]
-                for number in range(len(encoded["input_ids"]))
+                [int(word != before) for before, word in itertools.pairwise([None, *encoding.word_ids])]
+                for encoding in cast(Tokenizer, twin(tokenizer).backend).encode_batch(pieces)
             ]
         rows = {name: iter(column) for name, column in columns.items()}
         for text in texts:
@@ -254,19 +307,103 @@ def encode_cut(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ]
 
 
+# Conversations
+
+
+@dataclass
+class Rendered:
+    """A conversation as the chat template writes it."""
+
+    text: str
+    safe: str  # of the same length; where messages spell special tokens, lone surrogates stand for some characters
+    answers: list[tuple[int, int]]  # from where to where it is the assistant's, where the template marks that
+
+
 def encode_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The token ids of a conversation by the tokenizer's chat template, and 1 for each token of the assistant's answers.
 
     All tokens but the first count where the template does not mark the answers.
     """
-    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    marked = marks_answers(tokenizer)
     try:
-        encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=marked)
-    except Exception as error:  # a role that the template does not know, no content, …
-        raise SystemExit(f"error: the chat template cannot write {str(messages)[:200]}: {error}") from error
-    ids = encoded["input_ids"]
-    return ids, encoded["assistant_masks"] if marked else [int(position > 0) for position in range(len(ids))]
+        rendered = render_chat(messages, tokenizer)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}: {str(messages)[:200]}") from error
+    ids, counts = _encode_rendered(rendered, tokenizer)
+    return ids, counts if marks_answers(tokenizer) else [int(position > 0) for position in range(len(ids))]
+
+
+def encode_rendered(rendered: Rendered, tokenizer: PreTrainedTokenizerBase, start: int = 0) -> list[int]:
+    """The token ids of a conversation, or of its text from a character on: special tokens only where the template has them."""
+    rest = rendered.text[start:], rendered.safe[start:]
+    return _encode_rendered(Rendered(*rest, answers=[]), tokenizer)[0]
+
+
+def render_chat(
+    messages: list[dict], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False
+) -> Rendered:
+    """A conversation by the tokenizer's chat template, to be encoded; ValueError where the template refuses it."""
+    own, is_marked = twin(tokenizer), marks_answers(tokenizer)
+
+    def render(change: Callable[[str], str]) -> tuple[str, list[tuple[int, int]]]:
+        try:
+            (text,), spans = render_jinja_template(
+                conversations=[change_texts(messages, change)],
+                chat_template=tokenizer.get_chat_template(),
+                return_assistant_tokens_mask=is_marked,
+                add_generation_prompt=add_generation_prompt,
+                **tokenizer.special_tokens_map,
+            )
+        except Exception as error:  # a role that the template does not know, no content, half a surrogate pair, …
+            raise ValueError(f"the chat template cannot write these messages: {error}") from error
+        return text, spans[0] if is_marked else []
+
+    def guard(text: str) -> str:
+        return text.translate(own.guards)
+
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    text, answers = render(str)
+    if change_texts(messages, guard) == messages:
+        return Rendered(text, text, answers)
+    # No message can spell a special token, by itself or together with what the template puts beside it …
+    safe, _ = render(guard)
+    if safe.translate(own.characters) == text:
+        return Rendered(text, safe, answers)
+    # … but the template looks for a guarded character in it, as "<" of "</think>": guard those of whole special tokens.
+    less, _ = render(lambda text: own.spelling.sub(lambda found: guard(found[0]), text))
+    if less.translate(own.characters) != text or own.spelling.findall(less) != own.spelling.findall(safe):
+        raise ValueError("the chat template does not take for text what spells a special token in these messages")
+    return Rendered(text, less, answers)
+
+
+def change_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of the value with all texts in it changed."""
+    if isinstance(value, str):
+        value.encode()  # half a surrogate pair is no text
+        return change(value)
+    if isinstance(value, dict):
+        return {change_texts(key, change): change_texts(part, change) for key, part in value.items()}
+    return [change_texts(part, change) for part in value] if isinstance(value, list) else value
+
+
+def _encode_rendered(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The token ids, and 1 for each of them that has a part in an answer."""
+    own, text, safe = twin(tokenizer), rendered.text, rendered.safe
+    edges = {0, len(text)}.union(*rendered.answers, *(found.span() for found in own.spelling.finditer(safe)))
+    pieces = [slice(*pair) for pair in itertools.pairwise(sorted(edges))]
+    counts = [any(first <= piece.start < last for first, last in rendered.answers) for piece in pieces]
+    if own.backend is None:
+        ids = [
+            [tokenizer.convert_tokens_to_ids(safe[piece])]
+            if safe[piece] in own.names
+            else text_ids([text[piece]], tokenizer)[0]
+            for piece in pieces
+        ]
+        marks = [[int(count)] * len(part) for part, count in zip(ids, counts, strict=True)]
+        return list(itertools.chain(*ids)), list(itertools.chain(*marks))
+    named = [own.names.get(safe[piece], text[piece]) for piece in pieces]
+    in_answer = b"".join(bytes([count]) * len(part) for part, count in zip(named, counts, strict=True))
+    encoding = own.backend.encode("".join(named))
+    return encoding.ids, [int(1 in in_answer[start:end]) for start, end in encoding.offsets]
 
 
 def marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -8,6 +8,7 @@ each, classifiers one document.
 """
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,10 @@ from transformers import (
 
 from lib.documents import encode_chat, encode_documents, marks_answers, start_token_id
 from lib.runs import Run
+
+# An argument of what fills the cache of `datasets`: that knows a function by its name, and would go on with what it did before.
+FILES = (Path(__file__), Path(__file__).with_name("documents.py"))
+CODE = hashlib.sha256(b"".join(file.read_bytes() for file in FILES)).hexdigest()
 
 
 @dataclass
@@ -72,7 +77,7 @@ def masked_lm(
         for part, name in ((documents, "training"), (held_out, "held-out"))
     )
     if held_out_blocks is not None:
-        held_out_blocks = held_out_blocks.map(functools.partial(hide.once, seed=seed), with_indices=True)
+        held_out_blocks = held_out_blocks.map(functools.partial(hide.once, seed=seed, code=CODE), with_indices=True)
     return Data(blocks, held_out_blocks, hide)
 
 
@@ -86,7 +91,7 @@ def pack(
     words: bool = False,
 ) -> Any:
     """The documents as blocks of exactly block_size tokens; says how many there are, and what is left over."""
-    arguments = {"documents": documents, "tokenizer": tokenizer, "block_size": block_size, "words": words}
+    arguments = {"documents": documents, "tokenizer": tokenizer, "block_size": block_size, "words": words, "code": CODE}
     if streaming:
         blocks = IterableDataset.from_generator(packed_blocks, gen_kwargs=arguments)
         return blocks.filter(functools.partial(is_full, block_size=block_size))
@@ -107,7 +112,7 @@ def pack(
 
 
 def packed_blocks(
-    documents: Any, tokenizer: Any, block_size: int, words: bool = False
+    documents: Any, tokenizer: Any, block_size: int, words: bool = False, code: str = CODE
 ) -> Iterator[dict[str, list[int]]]:
     """Blocks of the documents in a row, each led in by the start token; the last block may be shorter.
 
@@ -174,7 +179,7 @@ class HideTokens:
         )
         return {"input_ids": tokens, "labels": labels}
 
-    def once(self, block: dict, index: int, seed: int) -> dict[str, list[int]]:
+    def once(self, block: dict, index: int, seed: int, code: str = CODE) -> dict[str, list[int]]:
         batch = self([block], torch.Generator().manual_seed(seed + index))
         return {key: tensor[0].tolist() for key, tensor in batch.items()}
 
@@ -208,7 +213,7 @@ def chat(run: Run, documents: Any, held_out: Any, tokenizer: PreTrainedTokenizer
 def chat_rows(conversations: Any, tokenizer: Any, block_size: int, name: str, streaming: bool, say: Callable) -> Any:
     """Each conversation's tokens, no more than block_size; its labels are the answers' tokens, −100 elsewhere."""
 
-    def encode(row: dict) -> dict[str, list[int]]:
+    def encode(row: dict, code: str = CODE) -> dict[str, list[int]]:
         ids, counts = encode_chat(row["messages"], tokenizer)
         labels = [token if counts else -100 for token, counts in zip(ids, counts, strict=True)]
         return {"input_ids": ids[:block_size], "labels": labels[:block_size]}
@@ -253,7 +258,7 @@ def classifier_rows(
     if unknown:
         raise SystemExit(f"error: the {name} text has the label '{unknown[0]}', which the training text has not")
 
-    def encode(batch: dict) -> dict:
+    def encode(batch: dict, code: str = CODE) -> dict:
         encoded = tokenizer(batch["text"], truncation=True, max_length=block_size)
         return {**encoded, "labels": [labels.index(label) for label in batch["label"]]}
 

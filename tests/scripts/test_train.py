@@ -125,6 +125,16 @@ def test_blocks_are_the_documents_in_a_row(texts: list[str], capsys: pytest.Capt
     assert list(stream) == list(blocks)
 
 
+def test_what_other_code_left_in_the_cache_is_not_taken(texts: list[str], monkeypatch: pytest.MonkeyPatch):
+    tokenizer = training.train_tokenizer([{"text": text} for text in texts], 320)
+    documents = Dataset.from_list([{"text": text} for text in texts])
+    tasks.pack(documents, tokenizer, 64, "training", streaming=False, say=print)
+    monkeypatch.setattr(tasks, "CODE", "changed")
+    monkeypatch.setattr(tasks, "start_token_id", lambda tokenizer: 5)
+    blocks = tasks.pack(documents, tokenizer, 64, "training", streaming=False, say=print)
+    assert blocks[0]["input_ids"][0] == 5
+
+
 def test_every_token_is_a_label_the_end_of_text_too(texts: list[str]):
     tokenizer = training.train_tokenizer([{"text": text} for text in texts], 320)
     tokenizer.pad_token = tokenizer.eos_token
