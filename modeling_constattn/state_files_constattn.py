@@ -345,7 +345,7 @@ def model_fingerprint(model: Any) -> str:
     """SHA-256, 64 hexadecimal digits, of all that a state depends on beside the config: the weights, as adapters change them.
 
     Every number of the base model is read (the language-model head does not act on the state): of each tensor, sums of its bytes
-    in 64-bit words, 4,093 of them side by side. So any change is seen but one that leaves all these sums as they are, as no
+    in 64-bit words, 2,039 of them side by side. So any change is seen but one that leaves all these sums as they are, as no
     training does; and it takes as long as reading the weights from memory. PEFT's adapters count where they are active, merged
     ones by the weights that hold them; how they are called does not. Weights that accelerate has offloaded are read from
     where they lie, quantised ones as they are stored.
@@ -441,7 +441,7 @@ def _digest_of(parts: Iterable[tuple[str, Any]]) -> str:
     return digest.hexdigest()
 
 
-_WORDS = 4093  # a prime: rows of a matrix that change places fall into other columns
+_WORDS = 2039  # a prime: rows of a matrix that change places fall into other columns
 
 
 @torch.no_grad()
