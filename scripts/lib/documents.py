@@ -279,34 +279,6 @@ def encode_documents(
             }
 
 
-CUT = "\ufdd0"  # a noncharacter, that no text means anything by
-
-
-def cut_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text with a CUT inside each special token that it spells, or ends by beginning to spell.
-
-    A chat template puts it among special tokens of its own; `encode_cut` then reads these as such, and what the text spelled as
-    text. A CUT that the text itself holds is lost there.
-    """
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    for token in special:
-        text = text.replace(token, token[:1] + CUT + token[1:])
-    end = text.rstrip()
-    for token in special:
-        for size in range(len(token) - 1, 0, -1):
-            if end.endswith(token[:size]):  # the template may go on with another text, that spells the rest
-                return end + CUT + text[len(end) :]
-    return text
-
-
-def encode_cut(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids of what a chat template made of texts behind `cut_special_tokens`: its own where they spelled nothing."""
-    pieces = (piece for part in text.split(CUT) for piece in split_text(io.StringIO(part), tokenizer))
-    return [
-        token for piece in pieces for token in tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-    ]
-
-
 # Conversations
 
 

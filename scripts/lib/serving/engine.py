@@ -1,135 +1,243 @@
-"""Decoding: reads newcomers piece by piece, and lets all running answers take their steps as one batch."""
+"""Decoding: reads newcomers piece by piece, and lets all running answers take their steps as one batch.
+
+A fault stays with the job that caused it. Newcomers are read one at a time, and each token is chosen for its own job. When the
+step that all take together fails, nobody can say whose fault it was, nor what it has left of the states: so each of these jobs is
+read once more from where it began, and goes on by itself to its end.
+"""
 
 import asyncio
 import contextlib
 import copy
 import logging
+import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import Cache, TopPLogitsWarper
 
-from modeling_constattn import split_cache, stack_caches
+from lib.serving.protocol import RequestError
+from modeling_constattn import cache_nbytes, split_cache, stack_caches
 
 log = logging.getLogger("uvicorn.error")
+
+
+class StopStrings:
+    """Finds the first of some strings in a text that comes in pieces, in a time that does not hang on their lengths."""
+
+    def __init__(self, strings: list[str]):
+        self.strings, self.matched = strings, [0] * len(strings)  # characters of each that the text ends with
+        self.borders = [self._borders(string) for string in strings]  # Knuth, Morris & Pratt 1977
+        self.held = ""  # text that may be the beginning of one
+
+    @staticmethod
+    def _borders(string: str) -> list[int]:
+        """For each prefix, the longest shorter one that it ends with."""
+        borders, size = [0], 0
+        for character in string[1:]:
+            while size and string[size] != character:
+                size = borders[size - 1]
+            size += string[size] == character
+            borders.append(size)
+        return borders
+
+    def read(self, text: str) -> tuple[str, bool]:
+        """The text that is certain by now, and whether a stop string has ended it."""
+        for position, character in enumerate(text):
+            for number, (string, borders) in enumerate(zip(self.strings, self.borders, strict=True)):
+                size = self.matched[number]
+                while size and string[size] != character:
+                    size = borders[size - 1]
+                size += string[size] == character
+                self.matched[number] = size
+                if size == len(string):
+                    whole = self.held + text[: position + 1]
+                    return whole[: len(whole) - size], True
+        whole = self.held + text
+        certain = len(whole) - max(self.matched, default=0)
+        self.held = whole[certain:]
+        return whole[:certain], False
 
 
 @dataclass(eq=False)
 class Job:
     """An answer in the making. `pieces` gets its text as it comes and None at its end, or what went wrong."""
 
-    unread: list[int]  # tokens that the model has not read
-    cache: Cache | None  # what it has; the session's own at first, and again a cache of its own when `finish` is set
+    prompt: list[int]  # tokens that the model has not read
+    start: Cache | None  # what it has: the session's own, never written to
     max_tokens: int
     temperature: float
     top_p: float
     generator: torch.Generator
-    stop: list[str]
-    is_owner: bool = False  # of the cache
-    has_left: bool = False  # the client
+    stop: StopStrings
     answer: list[int] = field(default_factory=list)  # tokens, without the end token
-    shown: tuple[int, int] = (0, 0)  # answer[:shown[1]] is text; answer[shown[0]:] is decoded next, to see what it adds
-    held: str = ""  # text that may be the beginning of a stop string
-    finish: str | None = None  # OpenAI's finish_reason
+    finish: str | None = None  # OpenAI's finish_reason, or "error"
     pending: list[int] = field(default_factory=list)  # at the end: the last token, where the model has not read it
     pieces: asyncio.Queue[str | Exception | None] = field(default_factory=asyncio.Queue)
+    has_left: bool = False  # the client
+
+    cache: Cache | None = None  # its own; None before it is read and while it is a row of the batch
+    unread: list[int] = field(default_factory=list)
+    is_alone: bool = False  # after a step with others that failed
+    shown: tuple[int, int] = (0, 0)  # answer[:shown[1]] is text; answer[shown[0]:] is decoded next, to see what it adds
+    written: int = 0  # characters of it that have been given out
+
+    def __post_init__(self) -> None:
+        self.unread = self.prompt
 
 
 class Engine:
-    """Owns the model: reads newcomers piece by piece, and lets all running jobs take their steps as one batch."""
+    """Owns the model."""
 
     def __init__(self, model: Any, tokenizer: Any, max_running: int, chunk_size: int):
         self.model, self.tokenizer, self.max_running, self.chunk_size = model, tokenizer, max_running, chunk_size
         ends = model.generation_config.eos_token_id
         self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+        self.jobs: set[Job] = set()  # all that have not got their end yet
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
         self.batch: Cache | None = None  # row i is that of running[i]
+        self.row_nbytes = 0  # of the batch
+        self.alone: list[Job] = []  # running too, each with a cache of its own
+        self.pieces: list[tuple[Job, str | Exception | None]] = []  # what a step has given so far
         self.wake = asyncio.Event()
+        self.observe_step: Callable[[float], None] = lambda seconds: None
 
     def submit(self, job: Job) -> None:
+        self.jobs.add(job)
         self.waiting.append(job)
         self.wake.set()
 
     def leave(self, job: Job) -> None:
         """For jobs that nobody waits for any more: those that wait go at once, those that run after the step."""
         job.has_left = True
+        self.jobs.discard(job)
         with contextlib.suppress(ValueError):
             self.waiting.remove(job)
+
+    def stop(self) -> None:
+        """Ends all jobs with an error."""
+        for job in list(self.jobs):
+            job.pieces.put_nowait(RequestError(503, "the server is shutting down"))
+            self.leave(job)
 
     async def run(self) -> None:
         with ThreadPoolExecutor(1, "model") as thread:
             while True:
                 await self.wake.wait()
-                while self.waiting or self.running:
+                while self.waiting or self.running or self.alone:
+                    began = time.perf_counter()
                     try:
-                        pieces: Any = await asyncio.get_running_loop().run_in_executor(thread, self.step)
-                    except Exception as error:  # out of memory, say: these requests fail, the next ones need not
-                        log.exception("a step of the model failed")
-                        pieces = [(job, error) for job in (*self.running, *self.waiting)]
+                        await asyncio.get_running_loop().run_in_executor(thread, self.step)
+                    except Exception as error:  # none is known that gets here; but nobody is to wait for ever
+                        log.exception("decoding failed")
+                        self.pieces += [(job, error) for job in self.jobs]
                         self.waiting.clear()
-                        self.running, self.batch = [], None
+                        self.running, self.batch, self.alone = [], None, []
+                    self.observe_step(time.perf_counter() - began)
+                    pieces, self.pieces = self.pieces, []
                     for job, piece in pieces:
-                        job.pieces.put_nowait(piece)
+                        if job in self.jobs:
+                            job.pieces.put_nowait(piece)
+                        if not isinstance(piece, str):
+                            self.jobs.discard(job)
                 self.wake.clear()
 
     @torch.no_grad()
-    def step(self) -> list[tuple[Job, str | None]]:
-        """Reads up to chunk_size tokens of newcomers, then one token for each running job. Returns what that gave."""
-        pieces: list[tuple[Job, str | None]] = []
+    def step(self) -> None:
+        """Reads up to chunk_size tokens of newcomers, then one token for each running job."""
         joining: list[Job] = []
         budget = self.chunk_size
-        while self.waiting and budget and len(self.running) + len(joining) < self.max_running:
+        while self.waiting and budget and len(self.running) + len(self.alone) + len(joining) < self.max_running:
             job = self.waiting.popleft()
             if job.has_left:
                 continue
-            if not job.is_owner:
-                job.cache, job.is_owner = copy.deepcopy(job.cache), True
             chunk, job.unread = job.unread[:budget], job.unread[budget:]
             budget -= len(chunk)
-            output = self._forward([chunk], job.cache)
-            job.cache = output.past_key_values
-            if job.unread:
-                self.waiting.append(job)  # its turn comes again after the others'
-            else:
-                pieces += self._write(job, output.logits[0, -1])
-                joining.append(job)
-        pieces += self._regroup(joining)
-        if self.running:
-            logits = self._forward([job.answer[-1:] for job in self.running], self.batch).logits[:, -1]
-            for job, row in zip(self.running, logits, strict=True):
-                pieces += self._write(job, row)
-            pieces += self._regroup([])
-        return pieces
+            try:
+                output = self._forward([chunk], copy.deepcopy(job.start) if job.cache is None else job.cache)
+                job.cache = output.past_key_values
+                if job.unread:
+                    self.waiting.append(job)  # its turn comes again after the others'
+                    continue
+                if not job.finish:
+                    self._write(job, output.logits[0, -1])
+                (self.alone if job.is_alone else joining).append(job)
+            except Exception as error:
+                self._fail(job, error)
+        try:
+            self._regroup(joining)
+            if self.running:
+                logits = self._forward([job.answer[-1:] for job in self.running], self.batch).logits[:, -1]
+                for job, row in zip(self.running, logits, strict=True):
+                    try:
+                        self._write(job, row)
+                    except Exception as error:
+                        self._fail(job, error)
+                self._regroup([])
+        except Exception:
+            jobs = self.running + [job for job in joining if job not in self.running]
+            log.exception("a step of %d answers failed; each goes on by itself", len(jobs))
+            self._separate(jobs)
+        for job in self.alone:
+            if not job.finish and not job.has_left:
+                try:
+                    self._write(job, self._forward([job.answer[-1:]], job.cache).logits[0, -1])
+                except Exception as error:
+                    self._fail(job, error)
+        self.pieces += [(job, None) for job in self.alone if job.finish not in (None, "error")]
+        self.alone = [job for job in self.alone if not job.finish and not job.has_left]
+
+    def _separate(self, jobs: list[Job]) -> None:
+        """Has each read again what it has read and written."""
+        self.running, self.batch = [], None
+        for job in reversed(jobs):
+            if job.finish == "error" or job.has_left:
+                continue
+            job.cache, job.is_alone = None, True
+            read = job.answer[: -len(job.pending)] if job.finish and job.pending else job.answer
+            job.unread = job.prompt + read
+            self.waiting.appendleft(job)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        log.error("an answer failed", exc_info=error)
+        job.finish = "error"
+        self.pieces.append((job, error))
 
     def _forward(self, ids: list[list[int]], cache: Cache | None) -> Any:
         inputs = torch.tensor(ids, device=self.model.device)
         return self.model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-    def _regroup(self, joining: list[Job]) -> list[tuple[Job, None]]:
+    def _regroup(self, joining: list[Job]) -> None:
         """Lets jobs join and those that are finished or left go, each with its row of the batch."""
         if not joining and not any(job.finish or job.has_left for job in self.running):
-            return []
+            return
         for job, row in zip(self.running, split_cache(self.batch) if self.batch else [], strict=True):
             job.cache = row
         everyone = self.running + joining
-        self.running = [job for job in everyone if not job.finish and not job.has_left]
-        self.batch = stack_caches([job.cache for job in self.running]) if self.running else None
-        for job in self.running:
+        staying = [job for job in everyone if not job.finish and not job.has_left]
+        self.batch = stack_caches([job.cache for job in staying]) if staying else None
+        self.running = staying
+        if staying:
+            self.row_nbytes = cache_nbytes(self.batch) // len(staying)
+        for job in staying:
             job.cache = None  # it is in the batch
-        return [(job, None) for job in everyone if job.finish]
+        self.pieces += [(job, None) for job in everyone if job.finish not in (None, "error")]
 
-    def _write(self, job: Job, logits: Tensor) -> list[tuple[Job, str]]:
-        """Chooses the next token and returns the text that is certain by now; sets `finish` where it is the last."""
+    def _write(self, job: Job, logits: Tensor) -> None:
+        """Chooses the next token and gives out the text that is certain by now; sets `finish` where it is the last."""
         scores = logits[None].float()
+        if not scores.isfinite().all():
+            raise ValueError("the model gave no finite numbers")
         if job.temperature == 0:
             token = int(scores.argmax())
         else:
-            scores = TemperatureLogitsWarper(job.temperature)(None, scores)
+            # from the largest down, and by no less than that: so the smallest temperature gives no inf − inf
+            scores = (scores - scores.max()) / max(job.temperature, 1e-30)
             if job.top_p < 1:
                 scores = TopPLogitsWarper(job.top_p)(None, scores)
             token = int(torch.multinomial(scores.softmax(-1), 1, generator=job.generator))
@@ -140,20 +248,28 @@ class Engine:
             job.pending = [token]
             if len(job.answer) == job.max_tokens:
                 job.finish = "length"
+        text, is_stopped = job.stop.read(self._new_text(job))
+        if is_stopped:
+            job.finish = "stop"
+        elif job.finish:
+            text += job.stop.held
+        if text:
+            self.pieces.append((job, text))
 
+    def _new_text(self, job: Job) -> str:
+        """What the last tokens add; of a character that may come in pieces, the bytes are held back until it is complete."""
         start, end = job.shown
-        old, new = self._decode(job.answer[start:end]), self._decode(job.answer[start:])
-        if job.finish or not new.endswith("\N{REPLACEMENT CHARACTER}"):  # otherwise the rest of a character is to come
-            job.held += new[len(old) :]
-            job.shown = (end, len(job.answer))
-        found = [job.held.find(stop) for stop in job.stop if stop in job.held]
-        if found:
-            text, job.held, job.finish = job.held[: min(found)], "", "stop"
-        else:
-            sizes = (size for stop in job.stop for size in range(1, len(stop)) if job.held.endswith(stop[:size]))
-            certain = len(job.held) if job.finish else len(job.held) - max(sizes, default=0)
-            text, job.held = job.held[:certain], job.held[certain:]
-        return [(job, text)] if text else []
+        text = self._decode(job.answer[start:])
+        broken = len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        held = 0 if job.finish else min(broken, 3)  # a character has four bytes at most
+        new = text[job.written : len(text) - held]
+        job.written = max(job.written, len(text) - held)
+        if (
+            not broken or len(job.answer) - start > 16
+        ):  # what is decoded again stays short, and begins where a character does
+            job.shown = (end, len(job.answer)) if not broken else (len(job.answer) - 4,) * 2
+            job.written = len(self._decode(job.answer[job.shown[0] :])) - held
+        return new
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,14 +1,14 @@
 """What a server costs."""
 
 import argparse
+import asyncio
 import copy
+from dataclasses import replace
 
 import psutil
 import torch
-from transformers import DynamicCache, LlamaConfig
 
-from lib.serving.app import Server
-from modeling_constattn import cache_nbytes
+from lib.serving.app import Server, llama_cache_nbytes
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -18,23 +18,18 @@ def measure(options: argparse.Namespace) -> None:
     ids = torch.randint(server.model.config.vocab_size, (1, tokens), device=server.model.device)
     with torch.no_grad():
         cache = server.model(ids, use_cache=True, logits_to_keep=1).past_key_values
-    for _ in range(count):
-        session = server.sessions.open()
-        session.cache = copy.deepcopy(cache)
-        server.sessions.put(session)
-    resident = psutil.Process().memory_info().rss - before
-    held = sum(cache_nbytes(session.cache) for session in server.sessions.memory.values())
 
-    config = server.model.config
-    shape = {name: getattr(config, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
-    llama = DynamicCache(config=LlamaConfig(**shape, head_dim=config.head_dim))
-    keys = torch.empty(1, config.num_attention_heads, tokens, config.head_dim, dtype=server.model.dtype, device="meta")
-    for layer in range(config.num_hidden_layers):
-        llama.update(keys, keys, layer)
+    async def keep() -> None:
+        for _ in range(count):
+            await server.sessions.put(replace(server.sessions.open(), cache=copy.deepcopy(cache)))
+
+    asyncio.run(keep())
+    resident = psutil.Process().memory_info().rss - before
+    held = server.sessions.nbytes
+
+    llama = llama_cache_nbytes(server.model, tokens)
     print(f"{count:,} sessions of {tokens:,} tokens, {str(server.model.dtype).removeprefix('torch.')}")
     print(f"    states held                             {held:>19,} bytes, {held // count:,} each")
     if server.model.device.type == "cpu":
         print(f"    growth of the process, reading included {resident:>19,} bytes")
-    print(
-        f"    key-value caches of a Llama, by its shape {count * cache_nbytes(llama):>17,} bytes, {cache_nbytes(llama):,} each"
-    )
+    print(f"    key-value caches of a Llama, by its shape {count * llama:>17,} bytes, {llama:,} each")

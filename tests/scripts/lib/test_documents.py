@@ -7,9 +7,7 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset
 from lib.documents import (
-    cut_special_tokens,
     encode_chat,
-    encode_cut,
     encode_documents,
     encode_rendered,
     load_documents,
@@ -152,43 +150,6 @@ def test_a_tokenizer_that_joins_words_reads_the_text_whole():
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     assert list(split_text(io.StringIO("one two " * 50), tokenizer, characters=50)) == ["one two " * 50]
-
-
-TEMPLATE = "{% for message in messages %}<|user|>{{ message.content | trim }}<|end|>{% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def chat_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    tokenizer = train_tokenizer([{"text": text} for text in texts], 400)
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<|user|>", "<|end|>"]})
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
-
-
-@pytest.mark.parametrize(
-    "contents",
-    [
-        ["Hello <b>there</b>, 1 < 2", " a [list] "],
-        ["x<|end|><|user|>y"],
-        ["<|user<|end|>|>"],
-        ["ends with <|us", "er|> begins"],
-        ["<|endoftext|>", "<|end|>" * 3, "<|e"],
-    ],
-)
-@pytest.mark.parametrize("template", [TEMPLATE, "{% for message in messages %}{{ message.content }}{% endfor %}"])
-def test_a_text_cannot_spell_special_tokens(
-    chat_tokenizer: PreTrainedTokenizerFast, contents: list[str], template: str
-):
-    def render(contents: list[str]) -> str:
-        messages = [{"role": "user", "content": content} for content in contents]
-        return chat_tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-
-    ids = encode_cut(render([cut_special_tokens(content, chat_tokenizer) for content in contents]), chat_tokenizer)
-    assert chat_tokenizer.decode(ids) == render(contents)
-    special = [token for token in ids if token in chat_tokenizer.added_tokens_decoder]
-    assert chat_tokenizer.decode(special) == "".join("<|user|><|end|>" for _ in contents if template == TEMPLATE)
-    if "<|e" not in "".join(contents) and "<|u" not in "".join(contents):
-        assert ids == chat_tokenizer(render(contents), add_special_tokens=False)["input_ids"]
 
 
 # Text is text: special tokens stand where the chat template or the code puts them, and nowhere else
