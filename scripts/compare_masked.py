@@ -21,13 +21,10 @@ Trained models stay in --work, and one that is there is used again. --output get
 import argparse
 import collections
 import dataclasses
-import json
 import math
 import os
-import statistics
-import time
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +33,11 @@ import torch.nn.functional as F
 import yaml
 from lib import training
 from lib.checkpoints import load_config, load_model
-from lib.staging import staged_file
+from lib.environment import versions
+from lib.equal_size import matching, parameter_count
+from lib.page import Block, Table, markdown, to_json, write_page
 from lib.tasks import TASKS
+from lib.timing import Bench, Call, take_turns, timed, timed_row
 from transformers import AutoModelForMaskedLM, ModernBertConfig
 
 from modeling_constattn import ConstAttnConfig
@@ -46,7 +46,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "configuration/training/tiny-masked.yaml"
 FORGETTING, TOTALS, SLIDING, SOFTMAX, UNIGRAM = "forgetting", "totals", "sliding 1:1", "softmax", "unigram"
 WINDOW = 64  # tokens on either side that a sliding layer sees
-TOLERANCE = 0.02  # of parameter counts
 QUICK = [
     "block_size=32",
     "training.max_steps=4",
@@ -55,12 +54,7 @@ QUICK = [
     "training.per_device_eval_batch_size=32",
 ]
 QUICK_MODEL = ConstAttnConfig(
-    is_causal=False,
-    vocab_size=320,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
+    is_causal=False, vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
 )
 
 
@@ -103,12 +97,10 @@ def main(arguments: list[str] | None = None) -> dict:
         print(f"{name}: {rows[-1]}")
     rows.append({"model": UNIGRAM, "loss": unigram_loss(data.rows, hidden, base.vocab_size)})
 
-    times = forward_seconds(models, options.length, options.rounds)
+    runs = forward_runs(models, options.length, options.rounds)
     for row in rows[:-1]:
-        runs = times[row["model"]]
-        row["forward_seconds"] = statistics.median(runs)
-        ratios = [softmax / own for softmax, own in zip(times[SOFTMAX], runs, strict=True)]
-        row["times_faster_than_softmax"] = statistics.median(ratios)
+        own = timed_row("forward", row["model"], options.length, row["model"], runs)
+        row |= {"forward_seconds": own["median"], "times_faster_than_softmax": own["ratios"].get(SOFTMAX, 1.0)}
 
     result = {
         "rows": rows,
@@ -118,18 +110,15 @@ def main(arguments: list[str] | None = None) -> dict:
         "block_size": run.block_size,
         "mlm_probability": run.mlm_probability,
         "length": options.length,
-        "rounds": options.rounds,
+        "rounds": len(runs[SOFTMAX]),
         "softmax_implementation": models[SOFTMAX].config._attn_implementation,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "quick": options.quick,
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "versions": versions("torch", "transformers"),
     }
-    with staged_file(options.output / "masked.json") as file:
-        file.write_text(json.dumps(result, indent=2) + "\n")
-    with staged_file(options.output / "README.md") as file:
-        file.write_text(report(result))
-    print(report(result))
+    write_page(options.output, page(result), files={"masked.json": to_json(result)})
+    print(markdown(page(result)))
     return result
 
 
@@ -190,19 +179,14 @@ def equal_models(base: ConstAttnConfig, length: int) -> dict[str, Any]:
             sep_token_id=None,
         ),
     }
-    target = parameter_count(base)
-    configs = {}
-    for name, recipe in recipes.items():
-        least, more = (parameter_count(recipe(width)) for width in (4, 8))  # a straight line
-        configs[name] = recipe(max(4, 4 + 4 * round((target - least) / (more - least))))
-        if abs(parameter_count(configs[name]) / target - 1) > TOLERANCE:
-            raise SystemExit(f"error: no width gives {name} {target:,} parameters (±{TOLERANCE:.0%})")
-    return configs
-
-
-def parameter_count(config: Any) -> int:
-    with torch.device("meta"):
-        return AutoModelForMaskedLM.from_config(config).num_parameters()
+    target = parameter_count(base, AutoModelForMaskedLM)
+    try:
+        return {
+            name: matching(target, [recipe], range(4, 2**20, 4), f"model '{name}'", AutoModelForMaskedLM)
+            for name, recipe in recipes.items()
+        }
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 # Training and measuring
@@ -254,56 +238,39 @@ def unigram_loss(rows: Iterable[dict], blocks: list[dict], vocab_size: int) -> f
 
 
 @torch.no_grad()
-def forward_seconds(models: dict[str, Any], length: int, rounds: int) -> dict[str, list[float]]:
+def forward_runs(models: dict[str, Any], length: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of each model without its head for one text, taken in turns after one turn that is not counted."""
     vocab_size = min(model.config.vocab_size for model in models.values())
     tokens = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    runs: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(rounds + 1):
-        for name, model in models.items():
-            began = time.perf_counter()
-            model.base_model(tokens)
-            if turn:
-                runs[name].append(time.perf_counter() - began)
-    return runs
+    calls: dict[str, Call] = {name: partial(model.base_model, tokens) for name, model in models.items()}
+    return take_turns(Bench("cpu", rounds=rounds), calls, {name: timed(call, "cpu") for name, call in calls.items()})
 
 
-def report(result: dict) -> str:
-    grid = list(result["rows"][0]["losses"])
-    lines = [
+def page(result: dict) -> list[Block]:
+    models = [row for row in result["rows"] if "losses" in row]
+    unigram = [[row["model"], "", f"{row['loss']:.3f}", "", "", ""] for row in result["rows"] if "losses" not in row]
+    rows = [
+        [
+            *(row["model"], f"{row['parameters']:,}", f"{row['loss']:.3f}", f"{row['learning_rate']:g}"),
+            *(f"{row['forward_seconds']:.3g} s", f"{row['times_faster_than_softmax']:.2f}"),
+        ]
+        for row in models
+    ]
+    header = ["model", "parameters", "held-out loss, nats per hidden token", "learning rate"]
+    header += [f"forward at T = {result['length']:,}", "times as fast as softmax"]
+    rates = [f"{float(rate):g}" for rate in models[0]["losses"]]
+    by_rate = [[row["model"], *(f"{loss:.3f}" for loss in row["losses"].values())] for row in models]
+    return [
         "# Masked language models of equal size and budget",
-        "",
         "Written by `scripts/compare_masked.py`, whose first lines say what is compared and how.",
-        *(["", "**A quick run to see that it works: the numbers mean nothing.**"] if result["quick"] else []),
-        "",
+        *(["**A quick run to see that it works: the numbers mean nothing.**"] if result["quick"] else []),
         f"{result['steps']:,} steps, {result['tokens']:,} tokens in blocks of {result['block_size']:,}, "
         f"{result['mlm_probability']:.0%} hidden; loss over {result['held_out_hidden_tokens']:,} hidden tokens of held-out "
         f"text, one seed. Forward on {result['threads']} threads, without the head, "
         f"median of {result['rounds']}; softmax attention is `{result['softmax_implementation']}`.",
-        "",
-        f"| model | parameters | held-out loss, nats per hidden token | learning rate | forward at T = {result['length']:,} |"
-        " times as fast as softmax |",
-        "|---|---|---|---|---|---|",
+        Table("", header, [*rows, *unigram]),
+        Table("Held-out loss by learning rate", ["model", *rates], by_rate),
     ]
-    for row in result["rows"]:
-        if "losses" in row:
-            lines.append(
-                f"| {row['model']} | {row['parameters']:,} | {row['loss']:.3f} | {row['learning_rate']:g} | "
-                f"{row['forward_seconds']:.3g} s | {row['times_faster_than_softmax']:.2f} |"
-            )
-        else:
-            lines.append(f"| {row['model']} | | {row['loss']:.3f} | | | |")
-    lines += [
-        "",
-        "Held-out loss by learning rate:",
-        "",
-        f"| model | {' | '.join(f'{float(rate):g}' for rate in grid)} |",
-        f"|---|{'---|' * len(grid)}",
-    ]
-    for row in result["rows"]:
-        if "losses" in row:
-            lines.append(f"| {row['model']} | {' | '.join(f'{loss:.3f}' for loss in row['losses'].values())} |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Each reading begins with the start-of-text token. Writes prefixes.json and READM
 
 import argparse
 import io
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from lib.checkpoints import load_model, load_tokenizer
 from lib.documents import load_documents, start_token_id, token_ids
-from lib.staging import staged
+from lib.page import Block, Table, markdown, to_json, write_page
 from tqdm.auto import tqdm
 from transformers import Cache
 
@@ -51,10 +50,8 @@ def main(arguments: list[str] | None = None) -> dict:
         for half in options.half
     ]
     result = {"data": options.data, "continuation": options.continuation, "rows": rows}
-    with staged(options.output) as folder:
-        (folder / "prefixes.json").write_text(json.dumps(result, indent=2) + "\n")
-        (folder / "README.md").write_text(report(result))
-    print(report(result))
+    write_page(options.output, page(result), files={"prefixes.json": to_json(result)})
+    print(markdown(page(result)))
     return result
 
 
@@ -108,29 +105,23 @@ def score(model: Any, cache: Cache | None, last: int, target: list[int]) -> floa
     return torch.nn.functional.cross_entropy(logits.float(), torch.tensor(target)).item()
 
 
-def report(result: dict) -> str:
-    lines = [
+def page(result: dict) -> list[Block]:
+    blocks: list[Block] = [
         "# What a merged memory is worth",
-        "",
         "Written by `scripts/compare_prefixes.py`, whose first lines say what is compared and how.",
-        "",
         f"Nats per token over the {result['continuation']} tokens that follow two halves of a text, and (±) the standard error "
         "of the difference to the joint reading.",
     ]
     for row in result["rows"]:
         gate = "with" if row["use_forget_gate"] else "without"
-        lines += [
-            "",
-            f"`{row['checkpoint']}`, {gate} forget gates, halves of {row['half']:,} tokens, {row['places']:,} places:",
-            "",
-            "| after | nats per token | more than joint |",
-            "|---|---|---|",
-        ]
-        for name, words in CONDITIONS.items():
+        words = f"{gate} forget gates, halves of {row['half']:,} tokens, {row['places']:,} places"
+        cells = []
+        for name, condition in CONDITIONS.items():
             more = row["loss"][name] - row["loss"]["joint"]
             difference = "" if name == "joint" else f"{more:+.3f} ± {row['standard_error'][name]:.3f}"
-            lines.append(f"| {words} | {row['loss'][name]:.3f} | {difference} |")
-    return "\n".join(lines) + "\n"
+            cells.append([condition, f"{row['loss'][name]:.3f}", difference])
+        blocks.append(Table(f"`{row['checkpoint']}`, {words}", ["after", "nats per token", "more than joint"], cells))
+    return blocks
 
 
 if __name__ == "__main__":

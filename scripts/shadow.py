@@ -19,21 +19,20 @@ it gates a pipeline.
 """
 
 import argparse
-import json
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from benchmark import digits, markdown_table
 from lib.checkpoints import load_model, load_tokenizer
 from lib.criteria import Criterion, Figure, amount, judge, read_thresholds, verdict
 from lib.documents import load_documents, source_names, start_token_id
-from lib.report_page import finite
+from lib.page import Block, Table, digits, finite, markdown, to_json
 from lib.staging import staged_file
+from lib.timing import timed
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -89,12 +88,11 @@ def main(arguments: list[str] | None = None) -> dict:
         },
         "verdict": verdict(list(judgements.values())),
     }
-    print("\n".join(table(result)))
-    result = finite(result)
+    print(markdown(page(result)), end="")
     if options.output:
         with staged_file(options.output) as file:
-            file.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    return result
+            file.write_text(to_json(result))
+    return finite(result)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -171,12 +169,11 @@ def compare(candidate: Any, incumbent: Any, prompt: Sequence[int], new_tokens: i
 
     def step(name: str, part: torch.Tensor) -> tuple[torch.Tensor, float]:
         """logits [T,vocabulary] and seconds."""
-        synchronize(candidate.device)
-        began = time.perf_counter()
-        output = models[name](input_ids=part, past_key_values=caches[name], use_cache=True)
-        synchronize(candidate.device)
-        caches[name] = output.past_key_values
-        return output.logits[0, :, :vocabulary].float(), time.perf_counter() - began
+        outputs: list[Any] = []
+        read = partial(models[name], input_ids=part, past_key_values=caches[name], use_cache=True)
+        took = timed(lambda: outputs.append(read()), candidate.device.type)
+        caches[name] = outputs[0].past_key_values
+        return outputs[0].logits[0, :, :vocabulary].float(), took
 
     for first in range(0, len(prompt), CHUNK):
         part, targets = tokens[:, first : first + CHUNK], tokens[0, first + 1 : first + 1 + CHUNK]
@@ -202,11 +199,6 @@ def compare(candidate: Any, incumbent: Any, prompt: Sequence[int], new_tokens: i
             ("cache_bytes", cache_nbytes(caches[name])),
         )
     }
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def add_tokens(row: dict, candidate: torch.Tensor, incumbent: torch.Tensor, targets: torch.Tensor) -> None:
@@ -264,7 +256,7 @@ def sides(rows: list[dict]) -> dict[str, dict[str, float]]:
     }
 
 
-def table(result: dict) -> Iterator[str]:
+def page(result: dict) -> list[Block]:
     candidate, incumbent = (result["sides"][name] for name in ("candidate", "incumbent"))
     labels = {
         "loss": "loss, nats per token",
@@ -272,13 +264,7 @@ def table(result: dict) -> Iterator[str]:
         "token_milliseconds": "time per generated token, ms",
         "cache_bytes": "cache after the longest prompt, bytes",
     }
-    yield f"{result['number_of_prompts']:,} prompts, {result['tokens']:,} tokens, {result['new_tokens']} new ones after each"
-    yield ""
-    yield from markdown_table(
-        ["", "candidate", "incumbent"],
-        [[label, digits(candidate[name]), digits(incumbent[name])] for name, label in labels.items()],
-    )
-    yield ""
+    sides = [[label, digits(candidate[name]), digits(incumbent[name])] for name, label in labels.items()]
     rows = []
     for name, figure in result["figures"].items():
         unit = CRITERIA[name].unit
@@ -288,9 +274,12 @@ def table(result: dict) -> Iterator[str]:
         if judged:
             words = [judged["limit"], ("pass" if judged["passed"] else "FAIL") + (", close" if judged["close"] else "")]
         rows.append([CRITERIA[name].title, f"{amount(figure['value'], unit)}{spread}", *words])
-    yield from markdown_table(["", "measured (spread)", "wanted", ""], rows)
-    yield ""
-    yield f"verdict: {result['verdict']}"
+    return [
+        f"{result['number_of_prompts']:,} prompts, {result['tokens']:,} tokens, {result['new_tokens']} new ones after each",
+        Table("", ["", "candidate", "incumbent"], sides, figures=True),
+        Table("", ["", "measured (spread)", "wanted", ""], rows, figures=True),
+        f"verdict: {result['verdict']}",
+    ]
 
 
 if __name__ == "__main__":

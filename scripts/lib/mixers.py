@@ -17,11 +17,10 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lib.equal_size import matching
 from modeling_constattn import ConstAttnConfig, ConstAttnForCausalLM, ConstAttnState, constant_attention
 from modeling_constattn.heinsen_constattn import _MAX_LOG_VALUE
 from modeling_constattn.modeling_constattn import ConstantAttention, _rotate
-
-TOLERANCE = 0.02  # of parameter counts
 
 
 @strict
@@ -227,25 +226,18 @@ def config_of(fields: dict[str, Any]) -> Any:
     return (VariantConfig if fields.keys() & OWN_FIELDS else ConstAttnConfig)(**fields)
 
 
-def parameter_count(config: Any) -> int:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
-
-
 def build(fields: dict[str, Any], parameters: int | None = None) -> Any:
     """A model of these fields, its MLP as wide as brings it closest to so many `parameters`.
 
     Raises:
         ValueError: a field is unknown, or no width brings it within 2%.
     """
-    if parameters is not None and config_of(fields).block_type == "default":
-        # a straight line
-        least, more = (parameter_count(config_of(fields | {"intermediate_size": width})) for width in (4, 8))
-        fields = fields | {"intermediate_size": 4 * max(1, 1 + round((parameters - least) / (more - least)))}
-    model = AutoModelForCausalLM.from_config(config_of(fields))
-    if parameters is not None and abs(model.num_parameters() / parameters - 1) > TOLERANCE:
-        raise ValueError(f"no width of the MLP gives {fields} {parameters:,} parameters (±{TOLERANCE:.0%})")
-    return model
+    config = config_of(fields)
+    if parameters is not None:
+        has_mlp = config.block_type == "default"
+        recipe = lambda width: config_of(fields | ({"intermediate_size": width} if has_mlp else {}))  # noqa: E731
+        config = matching(parameters, [recipe], range(4, 2**20, 4), f"model of {fields}, whatever its MLP's width,")
+    return AutoModelForCausalLM.from_config(config)
 
 
 def rotated(x: Tensor, theta: float) -> Tensor:

@@ -7,50 +7,11 @@ import pytest
 import python_docs
 import yaml
 from conftest import ROOT
-
-SOURCE = '''
-"""About the module."""
-
-def one(a, *, b: int = 1) -> str:
-    """About one.
-
-    More:
-        Indented.
-    """
-
-@decorator
-class Two(Base):
-    """About Two."""
-
-    def silent(self): ...
-
-    async def three(self):
-        """About three."""
-'''
+from lib.standard_library import MIN_DOCSTRINGS
 
 
 def read(file: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def test_docstrings_stand_under_what_they_document():
-    assert python_docs.docstrings(SOURCE.encode()) == [
-        "About the module.",
-        "def one(a, *, b: int=1) -> str:\n    About one.\n\n    More:\n        Indented.",
-        "class Two(Base):\n    About Two.",
-        "async def three(self):\n    About three.",
-    ]
-    assert python_docs.docstrings(b"print 'Python 2'") == []
-    assert python_docs.docstrings(b"x = 1") == []
-
-
-def test_a_conversation_asks_for_the_first_paragraph():
-    _, one, two, _ = python_docs.docstrings(SOURCE.replace("About one.", "About\n    one.").encode())
-    assert python_docs.conversation(one) == [
-        {"role": "user", "content": "What is this?\n\ndef one(a, *, b: int=1) -> str:"},
-        {"role": "assistant", "content": "About one."},
-    ]
-    assert python_docs.conversation(two)[1]["content"] == "About Two."
 
 
 def test_the_documentation_of_this_python(tmp_path: Path):
@@ -80,7 +41,7 @@ def test_the_documentation_of_this_python(tmp_path: Path):
     packages = [read(tmp_path / "docs" / Path(run[key]).name) for key in ("data", "eval_data")]
     counts = collections.Counter(row[run["label_column"]] for row in packages[0])
     assert {"asyncio", "email", "tkinter"} <= set(counts)
-    assert min(counts.values()) >= python_docs.MIN_DOCSTRINGS
+    assert min(counts.values()) >= MIN_DOCSTRINGS
     assert {row[run["label_column"]] for row in packages[1]} <= set(counts)
     assert len(packages[1]) > 50
     assert all(row["text"] in held_out_text for row in packages[1])

@@ -5,9 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("matplotlib", reason="scripts/benchmark.py draws plots: pip install -e '.[report]'")
-
 import shadow
 import torch
 from conftest import ROOT

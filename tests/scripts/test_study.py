@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("matplotlib", reason="scripts/study.py draws plots: pip install -e '.[report]'")
+pytest.importorskip("matplotlib", reason="the plots need matplotlib: pip install -e '.[report]'")
 
 import psutil
 import study
-import torch
 import yaml
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
 
@@ -140,66 +139,6 @@ def test_training_learns(tmp_path: Path):
     assert row["test"]["accuracy"]["8"] > 0.6  # a guess is right in one of three
 
 
-def fake(rate: float, seed: int, validation: float | None, test: float) -> dict:
-    return {
-        "settings": {"learning_rate": rate, "seed": seed},
-        "validation": {"loss": validation},
-        "test": {"loss": test},
-    }
-
-
-def test_the_learning_rate_is_chosen_on_validation_by_the_seeds_that_all_rates_have():
-    runs = [fake(1, 0, 2.0, 9.0), fake(1, 1, 9.0, 8.0), fake(2, 0, 2.3, 1.0), fake(3, 0, 2.4, 1.0)]
-    row = study.summary("ours", runs)
-    assert row["learning_rate"] == 1 and row["runs"] == runs[:2]  # all seeds of it, on which it would not be the best
-    assert study.sweeps([row]) == ["", "`ours`, validation by learning rate: 1: 2.000, 2: 2.300, 3: 2.400."]
-    row = study.summary("ours", [fake(1, 0, None, 1.0), fake(2, 0, 3.0, 3.0)])  # one diverged
-    assert row["learning_rate"] == 2 and study.sweeps([row]) == [
-        "",
-        "`ours`, validation by learning rate: 1: inf, 2: 3.000.",
-    ]
-    assert study.sweeps([study.summary("ours", [fake(1, 0, 2.0, 9.0)])]) == []
-
-
-def test_splits_of_the_text_share_no_file():
-    train, validation, test = (bytes(study.source_text(split).numpy()) for split in ("train", "validation", "test"))
-    assert len(train) > 5e6 and min(len(validation), len(test)) > 1e5
-    files = [text.split(b"\0") for text in (train, validation, test)]
-    long = [{file for file in split if len(file) > 500} for split in files]
-    assert not (long[0] & long[1] or long[0] & long[2] or long[1] & long[2])
-
-
-def test_loss_is_that_of_every_token_but_the_first():
-    torch.manual_seed(0)
-    model = study.mixers.build(SMALL).eval()
-    tokens = torch.randint(64, (3, 10))
-    with torch.no_grad():
-        mean = study.losses(model, tokens, 2).mean()
-        torch.testing.assert_close(mean, model(tokens, labels=tokens).loss)
-
-
-def test_silenced_layers_pass_on_what_they_read():
-    torch.manual_seed(0)
-    hybrid = {"mixer_types": ["constant_attention", "sliding_attention"], "num_hidden_layers": 2, "sliding_window": 4}
-    model = study.mixers.build(SMALL | hybrid).eval()
-    tokens = torch.randint(64, (3, 10))
-    with torch.no_grad():
-        whole = model(tokens).logits
-        for number, kind in enumerate(hybrid["mixer_types"]):
-            silenced = study.without(model, kind)(tokens).logits
-            hook = model.model.layers[number].mixer.register_forward_hook(
-                lambda mixer, inputs, output: (
-                    (torch.zeros_like(output[0]), *output[1:])
-                    if isinstance(output, tuple)
-                    else torch.zeros_like(output)
-                )
-            )
-            torch.testing.assert_close(silenced, model(tokens).logits)
-            hook.remove()
-            assert (silenced - whole).abs().max() > 1e-4
-        torch.testing.assert_close(model(tokens).logits, whole)  # the model itself is left as it was
-
-
 def test_a_hybrid_is_scored_without_each_kind_of_its_layers(tmp_path: Path):
     content = small_study(task={"kind": "text", "model": SMALL | {"vocab_size": 256}, "options": {}}, mixers=["hybrid"])
     content["mixers"]["hybrid"] = {
@@ -246,14 +185,3 @@ def test_a_broken_result_is_named_and_kept(tmp_path: Path):
     with pytest.raises(SystemExit, match=r"results\.jsonl has a line that is not JSON"):
         run(tmp_path, small_study())
     assert file.read_text() == broken
-
-
-@pytest.mark.parametrize(
-    "file", sorted((ROOT / "configuration/training/study").glob("*.yaml")), ids=lambda file: file.stem
-)
-def test_the_shipped_studies_can_be_built(file: Path):
-    for cell in {(cell.task_name, cell.mixer_name): cell for cell in study.read_study(file)}.values():
-        with torch.device("meta"):
-            target = study.mixers.build(cell.task.model).num_parameters() if cell.task.equal_parameters else None
-            study.mixers.build(cell.task.model | cell.mixer, target)
-        study.make_rows(cell.task, "test", 1, cell.task.length, 0)

@@ -75,6 +75,19 @@ def test_linear_reads_by_features_of_elu():
     torch.testing.assert_close(output, weights @ value / weights.sum(-1, keepdim=True))
 
 
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 200])
+def test_linear_attention_is_its_quadratic_definition(T: int):
+    q, k = (torch.randn(2, 3, T, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    v = torch.randn(2, 3, T, 5, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn_like(v)
+    weights = ((F.elu(q) + 1) @ (F.elu(k) + 1).transpose(2, 3)).tril()
+    wanted = weights / weights.sum(-1, keepdim=True) @ v
+    y = mixers.linear_attention(q, k, v)
+    torch.testing.assert_close(y, wanted)
+    for grad, wanted_grad in zip(*(torch.autograd.grad(x, (q, k, v), dy) for x in (y, wanted)), strict=True):
+        torch.testing.assert_close(grad, wanted_grad)
+
+
 def test_a_shared_query_and_key_are_those_of_every_head():
     query, key, value = random_inputs(key_heads=1)
     output, _ = mixer(share_qk=True).attend(query, key, value, None, None, None)
@@ -211,5 +224,5 @@ def test_bad_fields(fields, message):
 
 
 def test_a_size_that_no_width_gives():
-    with pytest.raises(ValueError, match="no width of the MLP gives"):
+    with pytest.raises(ValueError, match="whatever its MLP's width, has 30,000 parameters"):
         mixers.build(BASE | {"num_slots": 512}, 30_000)

@@ -1,12 +1,9 @@
 import math
 
 import pytest
-
-pytest.importorskip("matplotlib", reason="scripts/benchmark.py draws plots: pip install -e '.[report]'")
-
 import torch
-from lib import stability
-from lib.stability import APPROXIMATIONS, FORMS, HARD_KEYS
+from lib.report import stability
+from lib.report.stability import APPROXIMATIONS, FORMS, HARD_KEYS
 
 from modeling_constattn import ConstAttnConfig, ConstAttnForCausalLM, constant_attention, scan_attention
 

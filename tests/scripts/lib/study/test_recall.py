@@ -1,6 +1,6 @@
 import pytest
 import torch
-from lib import recall
+from lib.study import recall
 
 IGNORED = recall.IGNORED
 

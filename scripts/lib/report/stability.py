@@ -18,10 +18,10 @@ from unittest import mock
 
 import numpy as np
 import torch
-from study import losses
 from torch import Tensor
 
 import modeling_constattn.modeling_constattn as modeling
+from lib.study.cell import losses
 from modeling_constattn import ConstAttnState, constant_attention, quadratic_attention
 
 NAIVE, SCAN = "naive", "paper's scan"

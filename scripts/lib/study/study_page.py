@@ -1,0 +1,199 @@
+"""The page of a study: for each task a table of its mixers, what each learning rate and kind of layer is worth, a plot."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lib.page import Block, Plot, Table
+from lib.plots import Figure, colormaps, saved
+from lib.study.grid import Cell, Task, key
+
+
+def study_page(studies: Sequence[tuple[Path, list[Cell]]], results: list[dict]) -> list[Block]:
+    """Of those results that are cells of the studies."""
+    by_settings = {key(result["settings"]): result for result in results}
+    blocks: list[Block] = [
+        "# Quality at constant cost",
+        "Written by `scripts/study.py`, whose first lines say what is compared and how. Figures of several seeds are mean ± "
+        "standard deviation. The learning rate is the one of the grid that is best on the validation split, by the seeds that "
+        "all rates have.",
+    ]
+    for file, cells in studies:
+        blocks += [f"## {file.stem}", header(file)]
+        for task_name in dict.fromkeys(cell.task_name for cell in cells):
+            own = [cell for cell in cells if cell.task_name == task_name]
+            keys = [(cell.mixer_name, key(cell.settings())) for cell in own]
+            found = [by_settings[settings] | {"mixer": mixer} for mixer, settings in keys if settings in by_settings]
+            task = own[0].task
+            blocks += [f"### {file.stem}: {task_name}", task_line(task, len(found), len(own))]
+            rows = [
+                summary(name, [result for result in found if result["mixer"] == name])
+                for name in dict.fromkeys(result["mixer"] for result in found)
+            ]
+            if rows:
+                blocks += [table(task, rows), *sweeps(rows), *ablations(rows)]
+                if task.kind in PLOTS and (task.kind != "text" or task.test_lengths):
+                    blocks.append(Plot(f"{file.stem}-{task_name}.png", task_name, partial(PLOTS[task.kind], rows)))
+    return blocks
+
+
+def header(file: Path) -> str:
+    """The comment that a study file begins with."""
+    text = itertools.takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
+    return " ".join(line.lstrip("# ") for line in text)
+
+
+def task_line(task: Task, found: int, planned: int) -> str:
+    options = "".join(f", {value:,} {name}" for name, value in task.options.items())
+    tokens = task.steps * task.batch * task.length
+    return (
+        f"`{task.kind}`{options}: trained on {tokens:,} tokens in rows of {task.length:,}, {task.steps:,} steps; "
+        f"{found} of {planned} cells are done."
+    )
+
+
+def summary(name: str, results: list[dict]) -> dict[str, Any]:
+    """All seeds of a mixer at its best learning rate, by the validation scores of the seeds that every rate has."""
+    by_rate: dict[float, dict[int, dict]] = {}
+    for result in results:
+        by_rate.setdefault(result["settings"]["learning_rate"], {})[result["settings"]["seed"]] = result
+    shared = set.intersection(*(set(runs) for runs in by_rate.values()))
+    validation = {
+        rate: statistics.fmean(cost(runs[seed]["validation"]) for seed in shared or runs)
+        for rate, runs in sorted(by_rate.items())
+    }
+    best = min(validation, key=validation.__getitem__)
+    return {"mixer": name, "learning_rate": best, "validation": validation, "runs": list(by_rate[best].values())}
+
+
+def cost(scores: dict[str, Any]) -> float:
+    """The lower the better."""
+    if "loss" in scores:
+        return math.inf if scores["loss"] is None else scores["loss"]
+    return -next(iter(scores["accuracy"].values()))
+
+
+def spread(values: Sequence[float | None]) -> str:
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values):
+        return "diverged"
+    deviation = f" ± {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else ""
+    return f"{statistics.fmean(numbers):.3f}{deviation}"
+
+
+def table(task: Task, rows: list[dict]) -> Table:
+    if task.kind == "text":
+        columns = {"loss, nats per byte": lambda run: run["test"]["loss"]}
+        far = [row["runs"][0]["test"].get("by_position") for row in rows]
+        if far[0]:
+            length = far[0][-1]["to"]
+            name = f"loss at {far[0][-1]['from']:,} to {length:,} ÷ the same bytes in rows of {task.length:,}"
+            columns[name] = lambda run: (
+                run["test"]["by_position"][-1]["loss"] / run["test"]["by_position"][-1]["loss_of_training_length"]
+            )
+    else:
+        columns = {
+            f"right at {int(length):,}": partial(accuracy_at, length=length)
+            for length in rows[0]["runs"][0]["test"]["accuracy"]
+        }
+    cells = []
+    for row in sorted(rows, key=lambda row: statistics.fmean(cost(run["test"]) for run in row["runs"])):
+        first, rates = row["runs"][0], list(row["validation"])
+        state = f"{first['state_floats']:,}"
+        if first["state_floats_per_token"]:
+            state += f" + {first['state_floats_per_token']:,}·T"
+        rate = f"{row['learning_rate']:g}"
+        if len(rates) > 1 and row["learning_rate"] in (rates[0], rates[-1]):
+            rate += " (edge)"
+        figures = [spread([column(run) for run in row["runs"]]) for column in columns.values()]
+        seconds = f"{statistics.median(run['seconds'] for run in row['runs']):.0f}"
+        cells.append([row["mixer"], *figures, f"{first['parameters']:,}", state, rate, str(len(row["runs"])), seconds])
+    header = ["mixer", *columns, "parameters", "state", "learning rate", "seeds", "s a run"]
+    return Table("", header, cells, figures=True)
+
+
+def sweeps(rows: list[dict]) -> list[str]:
+    """Of mixers with several learning rates, what each of them is worth."""
+    scores = {
+        row["mixer"]: [f"{rate:g}: {abs(score):.3f}" for rate, score in row["validation"].items()] for row in rows
+    }
+    return [f"`{name}`, validation by learning rate: {', '.join(own)}." for name, own in scores.items() if len(own) > 1]
+
+
+def ablations(rows: list[dict]) -> list[str]:
+    """Of models with layers of two kinds, the loss once the mixers of one kind add nothing."""
+    lines = []
+    for row in rows:
+        found = [run["test"].get("without", {}) for run in row["runs"]]
+        for kind in found[0]:
+            loss = spread([x[kind] for x in found])
+            lines.append(f"`{row['mixer']}`, its {kind} layers silenced after training: {loss}.")
+    return lines
+
+
+def accuracy_at(run: dict, length: str) -> float:
+    return run["test"]["accuracy"][length]
+
+
+def plot_state(rows: list[dict]) -> bytes:
+    """Recall over the size of the state at the task's length."""
+    figure, axes = figure_and_axes("numbers in the state", "share of right answers")
+    for row in rows:
+        first = row["runs"][0]
+        size = first["state_floats"] + first["state_floats_per_token"] * first["settings"]["task"]["length"]
+        value = statistics.fmean(next(iter(run["test"]["accuracy"].values())) for run in row["runs"])
+        axes.plot(size, value, "o", label=row["mixer"])
+    axes.set_ylim(-0.02, 1.05)
+    return drawn(figure, axes)
+
+
+def plot_lengths(rows: list[dict]) -> bytes:
+    """Accuracy over the length of the test."""
+    figure, axes = figure_and_axes("tokens", "share of right answers")
+    for row in rows:
+        lengths = [int(length) for length in row["runs"][0]["test"]["accuracy"]]
+        axes.plot(
+            lengths,
+            [statistics.fmean(run["test"]["accuracy"][str(n)] for run in row["runs"]) for n in lengths],
+            "o-",
+            label=row["mixer"],
+        )
+    axes.axvline(rows[0]["runs"][0]["settings"]["task"]["length"], color="gray", linestyle=":", label="trained at")
+    axes.set_ylim(-0.02, 1.05)
+    return drawn(figure, axes)
+
+
+def plot_positions(rows: list[dict]) -> bytes:
+    """Loss by position against that of the same bytes in rows of the training length."""
+    figure, axes = figure_and_axes("bytes of text before", "loss ÷ loss of the same bytes in rows as trained")
+    for row in rows:
+        octaves = zip(*(run["test"]["by_position"] for run in row["runs"]), strict=True)
+        points = [(o[0]["to"], statistics.fmean(x["loss"] / x["loss_of_training_length"] for x in o)) for o in octaves]
+        axes.plot(*zip(*points, strict=True), "o-", label=row["mixer"])
+    axes.axhline(1.0, color="gray", linestyle=":")
+    axes.set_ylim(0.95, 1.2)
+    return drawn(figure, axes)
+
+
+def figure_and_axes(x: str, y: str) -> tuple[Any, Any]:
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_prop_cycle(color=[colormaps["tab20"](i) for i in range(20)])
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def drawn(figure: Any, axes: Any) -> bytes:
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return saved(figure, dpi=120)
+
+
+PLOTS = {"text": plot_positions, "mqar": plot_state, "induction": plot_lengths, "needle": plot_lengths}

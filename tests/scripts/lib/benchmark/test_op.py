@@ -1,0 +1,36 @@
+import pytest
+import torch
+from lib.benchmark import op
+from lib.timing import Bench
+
+from modeling_constattn import quadratic_attention
+
+BENCH = Bench("cpu")
+# torch.compile itself uses what torch deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+
+def test_contenders_that_compute_the_same_agree():
+    inputs = op.random_inputs(BENCH, True, 96)
+    query, key, value, log_decay, _ = inputs
+    for backward in (False, True):
+        contenders = op.contenders("cpu", backward)
+        torch.testing.assert_close(
+            contenders[op.COMPILED](inputs)(), contenders[op.OURS](inputs)(), rtol=1e-5, atol=1e-6
+        )
+    for name, decay in ((op.OURS, None), (op.FORGETTING, log_decay)):
+        y = op.FUNCTIONS[name](inputs)
+        torch.testing.assert_close(y, quadratic_attention(query, key, value, log_decay=decay), rtol=1e-4, atol=1e-5)
+    log_y = op.FUNCTIONS[op.SCAN](inputs)
+    y = op.FUNCTIONS[op.OURS](inputs._replace(value=value.exp()))
+    torch.testing.assert_close(log_y.exp(), y, rtol=1e-4, atol=1e-5)
+
+
+def test_an_op_call_gives_the_gradients_of_what_is_used():
+    inputs = op.random_inputs(BENCH, True, 8)
+    used = {
+        name: [grad is not None for grad in op.call_of(function, True, inputs)()]
+        for name, function in op.FUNCTIONS.items()
+    }
+    assert used.pop(op.FORGETTING) == [True] * 4
+    assert all(flags == [True, True, True, False] for flags in used.values())
