@@ -12,6 +12,7 @@ from .cache_constattn import (
     split_cache,
     stack_caches,
 )
+from .compressed_constattn import CompressedState, compressed_attention, quadratic_compressed_attention
 from .configuration_constattn import ConstAttnConfig
 from .cpu_constattn import speed_up_cpu_inference
 from .modeling_constattn import (
@@ -34,6 +35,7 @@ for _auto_class, _model_class in AUTO_CLASSES.items():
     _model_class.register_for_auto_class(_auto_class)  # saving a model copies its code beside the weights
 
 __all__ = [
+    "CompressedState",
     "ConstAttnCacheLayer",
     "ConstAttnConfig",
     "ConstAttnForCausalLM",
@@ -46,11 +48,13 @@ __all__ = [
     "LearnedState",
     "cache_nbytes",
     "check_cache_path",
+    "compressed_attention",
     "constant_attention",
     "load_cache",
     "merge_caches",
     "model_fingerprint",
     "quadratic_attention",
+    "quadratic_compressed_attention",
     "read_cache_header",
     "row_lengths",
     "save_cache",
