@@ -4,6 +4,7 @@ import transformers
 
 from .attention_constattn import ConstAttnState, constant_attention, quadratic_attention, scan_attention
 from .cache_constattn import (
+    CompressedCacheLayer,
     ConstAttnCacheLayer,
     LearnedState,
     cache_nbytes,
@@ -35,6 +36,7 @@ for _auto_class, _model_class in AUTO_CLASSES.items():
     _model_class.register_for_auto_class(_auto_class)  # saving a model copies its code beside the weights
 
 __all__ = [
+    "CompressedCacheLayer",
     "CompressedState",
     "ConstAttnCacheLayer",
     "ConstAttnConfig",

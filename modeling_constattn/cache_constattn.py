@@ -18,13 +18,13 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DynamicCache,
-    DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
 )
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_recurrent_attention_mask
 from transformers.utils import is_torchdynamo_compiling
 
 from .attention_constattn import ConstAttnState, constant_attention
+from .compressed_constattn import CompressedState, compressed_attention
 
 # Tokens that `crop` can take back; what is kept for it is at most twice as many tokens' keys and values.
 MAX_ROLLBACK = 256
@@ -55,6 +55,7 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     been added to them since.
     """
 
+    learnable: tuple[str, ...] = ("log_Z", "mean", "conv", "position")  # by `LearnedState`
     # Both bases define these; a constant-size layer is made by its first update.
     supports_early_init = False
     is_croppable = True
@@ -242,18 +243,9 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     # ------------------------------------------------------- what rows, files and learned states ask of a layer (`memory_of`)
 
-    @property
-    def kind(self) -> tuple:
-        """What layers have in common that can lie side by side, row by row."""
-        return (self._layer_type,)
-
     def remembered(self) -> dict[str, Tensor]:
         """All that it remembers, the rows first, but for how many tokens that was; empty before the first token."""
         return {name: tensor for name, tensor in self.tensors.items() if name != "behind"}
-
-    def fitted(self, tensors: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-        """What is remembered, in the shape that it has in a layer after `length` tokens."""
-        return tensors
 
     def rebuilt(self, tensors: dict[str, Tensor], length: int, behind: Tensor | None = None) -> "ConstAttnCacheLayer":
         """A new layer of this kind with a copy of `tensors`, after `length` tokens, less `behind` [B] of them in each row."""
@@ -266,8 +258,8 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         return layer
 
     @staticmethod
-    def expected(config: Any, number: int, length: int) -> Expected:
-        """What layer `number` of a model remembers after `length` tokens."""
+    def expected(config: Any, number: int) -> Expected:
+        """What layer `number` of a model remembers."""
         H, K, V = config.num_attention_heads, config.num_slots, config.head_dim
         expected: Expected = {"log_Z": ((H, K), STATE_DTYPES), "mean": ((H, K, V), STATE_DTYPES)}
         if config.block_type == "default" and config.conv_kernel_size > 1:
@@ -283,6 +275,79 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     update = update_conv_state = update_recurrent_state = lazy_initialization
 
 
+class CompressedCacheLayer(ConstAttnCacheLayer):
+    """What a layer of softmax attention over a window, kept tokens and slots remembers: `tensors` holds the parts of a
+    `CompressedState` by their names, and "behind" as above. Its bytes, with E those of a number of the model's dtype:
+
+        B·H·( E·W·(D+V) + E·M·(2D+V) + 4·W + 8·M + K·(4·V+8) ) + 8·B
+    """
+
+    # Of the others some are whole numbers, some decide which tokens are kept, and keys of kept tokens are held twice.
+    learnable = ("window_key", "window_value", "kept_value", "log_Z", "mean")
+
+    @property
+    def state(self) -> CompressedState | None:  # type: ignore[override]
+        """All that is remembered; None before the first token."""
+        if "mean" not in self.tensors:
+            return None
+        return CompressedState(*(self.tensors[name] for name in CompressedState._fields))
+
+    @property
+    def log_S(self) -> Tensor | None:
+        """[B,H,K,V] log of the departed tokens' weighted sums of values, complex where one is negative."""
+        state = self.state
+        return None if state is None else state.slots.log_S
+
+    def write_state(self, state: CompressedState) -> None:
+        """Replaces everything; where gradients flow, by reference, since the backward pass has kept some of what was there."""
+        flows = any(tensor.requires_grad for tensor in (*state, *self.tensors.values()))
+        for name, tensor in zip(CompressedState._fields, state, strict=True):
+            if flows and name in self.tensors:
+                self.tensors[name] = tensor
+            else:
+                self.write(name, tensor)
+
+    def writable_state(self) -> CompressedState:
+        """The state's own tensors, to be written into where they lie."""
+        for name in CompressedState._fields:
+            if self.tensors[name].requires_grad or _is_frozen(self.tensors[name]):
+                self.tensors[name] = self.tensors[name].detach().clone()
+        state = self.state
+        assert state is not None
+        return state
+
+    @staticmethod
+    def expected(config: Any, number: int) -> Expected:
+        is_compressed = config.mixer_types[number] == "compressed_attention"
+        M, K = (config.num_kept_tokens, config.num_slots) if is_compressed else (0, 0)
+        H, W, D = config.num_key_value_heads, config.sliding_window, config.head_dim
+        window, kept = ((H, W, D), FLOAT_DTYPES), ((H, M, D), FLOAT_DTYPES)
+        shapes = (
+            *(window, window, ((H, W), STATE_DTYPES)),
+            *(kept, kept, kept, ((H, M), (torch.int64,))),
+            *(((H, K), STATE_DTYPES), ((H, K, D), STATE_DTYPES), ((), (torch.int64,))),
+        )
+        return dict(zip(CompressedState._fields, shapes, strict=True))
+
+    def reset(self) -> None:
+        super().reset()
+        if "kept_rank" in self.tensors:
+            self.tensors["kept_rank"].fill_(-1)
+
+    def record(self, *, options: dict[str, Any], **inputs: Tensor | None) -> None:  # type: ignore[override]
+        """Keeps what a forward pass read: the arguments of `compressed_attention`, tokens by their names, and the options."""
+        self.options = {name: x.detach() if isinstance(x, Tensor) else x for name, x in options.items()}
+        super().record(log_decay=None, **inputs)
+
+    def _replay(self, tokens: int) -> dict[str, Tensor]:
+        past = {name: torch.cat(tensors, -2)[..., :tokens, :] for name, tensors in self.past.items()}
+        del past["log_decay"]
+        key_mask = past.pop("key_mask")[..., 0]
+        base = CompressedState(*(self.base[name] for name in CompressedState._fields)) if "mean" in self.base else None
+        _, state = compressed_attention(**past, state=base, key_mask=key_mask, **self.options)  # type: ignore[arg-type]
+        return self.base | state._asdict()
+
+
 def _is_frozen(tensor: Tensor) -> bool:
     return not is_torchdynamo_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled()
 
@@ -292,37 +357,37 @@ def cache_layer(past_key_values: Cache | None, layer_idx: int) -> ConstAttnCache
     return None if past_key_values is None else past_key_values.layers[layer_idx]
 
 
-def is_constant(layer: Any) -> bool:
-    """Whether a cache's layer is one of constant attention: of this class, or of that which another copy of this code defines."""
-    return getattr(layer, "_layer_type", None) == "constant_attention"
+OWN_LAYERS = {"constant_attention": ConstAttnCacheLayer, "compressed_attention": CompressedCacheLayer}
 
 
 def own_layers(cache: _Cache) -> _Cache:
-    """Has a cache's layers of constant attention be of this class, with all that they hold.
+    """Has a cache's layers be of this file's classes, with all that they hold.
 
     Each checkpoint that is loaded with its own code has a copy of this file, perhaps of another release, and Transformers' tables
     know one class alone: so `DynamicCache(config=…)` gives any model the layers of whichever copy came first.
     """
     for number, layer in enumerate(cache.layers):
-        if is_constant(layer) and not isinstance(layer, ConstAttnCacheLayer):
-            cache.layers[number] = own = ConstAttnCacheLayer()
+        own_class = OWN_LAYERS.get(getattr(layer, "_layer_type", None) or "")
+        if own_class is not None and type(layer) is not own_class:
+            cache.layers[number] = own = own_class()
             own.__dict__.update(layer.__dict__)
     return cache
 
 
-# Transformers would enter the class as it is defined, in place of another copy's. The same layer serves static caches.
-ConstAttnCacheLayer._layer_type = "constant_attention"
-DYNAMIC_LAYER_TYPE_MAPPING.setdefault("constant_attention", ConstAttnCacheLayer)
-STATIC_LAYER_TYPE_MAPPING.setdefault("constant_attention", ConstAttnCacheLayer)
-# `generate` makes this layer's mask as it does for recurrent layers: 2D or none.
-LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING["constant_attention"] = create_recurrent_attention_mask
+for _name, _layer in OWN_LAYERS.items():
+    # Transformers would enter the class as it is defined, in place of another copy's. The same layer serves static caches.
+    _layer._layer_type = _name
+    DYNAMIC_LAYER_TYPE_MAPPING.setdefault(_name, _layer)
+    STATIC_LAYER_TYPE_MAPPING.setdefault(_name, _layer)
+    # `generate` makes this layer's mask as it does for recurrent layers: 2D or none.
+    LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[_name] = create_recurrent_attention_mask
 
 
 def cache_nbytes(cache: Cache) -> int:
     """Bytes that all layers of a cache hold, of any Transformers cache."""
     total = 0
     for layer in cache.layers:
-        if is_constant(layer):
+        if hasattr(layer, "nbytes"):
             total += layer.nbytes
         elif layer.is_initialized:
             total += layer.keys.nbytes + layer.values.nbytes
@@ -349,13 +414,12 @@ def row_lengths(cache: Cache) -> list[int]:
 def stack_caches(caches: Sequence[Cache]) -> DynamicCache:
     """Caches of one model as one batch, row after row: `model(next_tokens, past_key_values=stacked)` continues them all.
 
-    The rows may have seen different numbers of tokens. Constant layers do not look at that. Sliding-window layers hold the
-    shorter rows as a left-padded batch does: `forward` without attention_mask and position_ids accounts for it, and `generate()`
-    is given the attention_mask of a left-padded batch, as always. The result shares no memory with the caches given.
+    The rows may have seen different numbers of tokens: each layer counts those of each row. `generate()` is given the
+    attention_mask of a left-padded batch, as always. The result shares no memory with the caches given.
 
     Raises:
         ValueError: if there is no cache, or one has no rows or has seen nothing, or their layers differ in kind, shape, dtype or
-            device; or if rows differ in length and no layer is one of constant attention.
+            device.
         TypeError: for layers of another kind than a `DynamicCache` of these models has.
     """
     lengths = torch.tensor([length for cache in caches for length in row_lengths(cache)])
@@ -365,13 +429,9 @@ def stack_caches(caches: Sequence[Cache]) -> DynamicCache:
     stacked = DynamicCache()
     stacked.layers = []
     for memories in layers:
-        parts = [memory.fitted(memory.remembered(), longest) for memory in memories]
+        parts = [memory.remembered() for memory in memories]
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         stacked.layers.append(memories[0].rebuilt(joined, longest, behind))
-    if behind is not None and rows_behind(stacked) is None:
-        raise ValueError(
-            f"a cache without constant-attention layers cannot hold rows of {int(lengths.min())} and {longest} tokens"
-        )
     return stacked
 
 
@@ -381,8 +441,9 @@ def merge_caches(caches: Sequence[Cache]) -> DynamicCache:
     That is exact for one layer on given keys and values (`ConstAttnState.merge`). A model is not one layer: from the second
     on, keys and values depend on what the layers below have read, here on each text alone. So this is not the cache of the texts
     in a row, and with forgetting the earlier texts do not fade while later ones are read. What that is worth,
-    `scripts/compare_prefixes.py` measures. All that is local (convolution inputs, windows, positions and the token count) is
-    that of the last cache. The result shares no memory with the caches given.
+    `scripts/compare_prefixes.py` measures. All that is local (convolution inputs, windows, kept tokens, positions and the token
+    count) is that of the last cache: of compressed attention only what has departed is merged. The result shares no memory with
+    the caches given.
 
     Raises:
         ValueError: if there is no cache, or one has no rows or has seen nothing, or they are of different models, rows or devices.
@@ -413,13 +474,13 @@ def split_cache(cache: Cache) -> list[DynamicCache]:
         one.layers = []
         for memory in map(memory_of, cache.layers):
             tensors = {name: tensor[row : row + 1] for name, tensor in memory.remembered().items()}
-            one.layers.append(memory.rebuilt(memory.fitted(tensors, length), length))
+            one.layers.append(memory.rebuilt(tensors, length))
         rows.append(one)
     return rows
 
 
 def memory_of(layer: Any) -> Any:
-    """A layer by what this file and `state_files_constattn` ask of it: `kind`, `remembered`, `fitted`, `rebuilt` and `expected`,
+    """A layer by what this file and `state_files_constattn` ask of it: `remembered`, `rebuilt` and `expected`,
     see `ConstAttnCacheLayer`. A layer that has them can be saved, stacked, split and learned.
 
     Raises:
@@ -427,46 +488,9 @@ def memory_of(layer: Any) -> Any:
     """
     if hasattr(layer, "remembered"):
         return layer
-    if type(layer) is DynamicSlidingWindowLayer:
-        return _SlidingWindow(layer)
     raise TypeError(
         f"a {type(layer).__name__} cannot be saved, stacked or split; use DynamicCache(config=model.config)"
     )
-
-
-class _SlidingWindow:
-    """Transformers' own layer of a window, by the same names."""
-
-    def __init__(self, layer: DynamicSlidingWindowLayer):
-        self.layer, self.window = layer, layer.sliding_window
-        self.kind = ("sliding_attention", self.window)
-
-    def remembered(self) -> dict[str, Tensor]:
-        if not self.layer.is_initialized:
-            return {}
-        # While it records for `crop`, the layer holds more than its window.
-        tensors = {"keys": self.layer.keys, "values": self.layer.values}
-        return self.fitted(tensors, self.layer.keys.shape[2])
-
-    def fitted(self, tensors: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-        """[B,H,S,V]: the last tokens, zeros before them where there are fewer."""
-        width = min(length, self.window - 1)
-        tensors = {name: tensor[:, :, max(0, tensor.shape[2] - width) :] for name, tensor in tensors.items()}
-        return {
-            name: nn.functional.pad(tensor, (0, 0, short, 0)) if (short := width - tensor.shape[2]) else tensor
-            for name, tensor in tensors.items()
-        }
-
-    def rebuilt(self, tensors: dict[str, Tensor], length: int, behind: None = None) -> DynamicSlidingWindowLayer:
-        layer = DynamicSlidingWindowLayer(sliding_window=self.window)
-        layer.lazy_initialization(tensors["keys"], tensors["values"])
-        layer.keys, layer.values = tensors["keys"].clone(), tensors["values"].clone()
-        layer.cumulative_length = length
-        return layer
-
-    def expected(self, config: Any, number: int, length: int) -> Expected:
-        shape = (config.num_attention_heads, min(length, self.window - 1), config.head_dim)
-        return {"keys": (shape, FLOAT_DTYPES), "values": (shape, FLOAT_DTYPES)}
 
 
 def _side_by_side(caches: Sequence[Cache]) -> list[tuple[Any, ...]]:
@@ -476,12 +500,12 @@ def _side_by_side(caches: Sequence[Cache]) -> list[tuple[Any, ...]]:
     if unfit := [number for number, cache in enumerate(caches) if not row_lengths(cache)]:
         raise ValueError(f"of {len(caches)} caches, those with numbers {unfit} have no rows or have seen nothing yet")
     columns = [[memory_of(layer) for layer in cache.layers] for cache in caches]
-    kinds = [[memory.kind for memory in column] for column in columns]
+    kinds = [[memory._layer_type for memory in column] for column in columns]
     if any(other != kinds[0] for other in kinds):
         raise ValueError("these caches have different layers; they are to be of one model")
     layers = list(zip(*columns, strict=True))
     for number, memories in enumerate(layers):
-        parts = [memory.fitted(memory.remembered(), 1) for memory in memories]
+        parts = [memory.remembered() for memory in memories]
         for name in sorted({name for part in parts for name in part}):
             found = [
                 f"{(*part[name].shape[1:],)} {part[name].dtype} on {part[name].device}" if name in part else "missing"
@@ -529,7 +553,7 @@ class LearnedState(nn.Module):
                 f"{number}_{name}": nn.Parameter(torch.zeros_like(tensor, dtype=torch.float32))
                 for number, layer in enumerate(self.start.layers)
                 for name, tensor in memory_of(layer).remembered().items()
-                if tensor.is_floating_point()
+                if name in layer.learnable and tensor.numel()
             }
         )
 
@@ -547,7 +571,7 @@ class LearnedState(nn.Module):
 
     def _shifted(self, number: int, name: str, tensor: Tensor) -> Tensor:
         key = f"{number}_{name}"
-        if key not in self.shifts:  # whole numbers
+        if key not in self.shifts:
             return tensor.to(next(iter(self.shifts.values())).device)
         shift = self.shifts[key]
         tensor = tensor.to(shift.device)
@@ -574,11 +598,11 @@ def _keep_shifts(module: nn.Module, state_dict: dict[str, Any], prefix: str, met
 
 __all__ = [
     "MAX_ROLLBACK",
+    "CompressedCacheLayer",
     "ConstAttnCacheLayer",
     "LearnedState",
     "cache_layer",
     "cache_nbytes",
-    "is_constant",
     "merge_caches",
     "own_layers",
     "row_lengths",

@@ -50,7 +50,10 @@ from torch import Tensor
 from .attention_constattn import _CHUNK_SIZE as _SLOT_CHUNK_SIZE
 from .attention_constattn import ConstAttnState, _chunked, _compute_dtype, _finite, _join, _log_dtype, _use_kernels
 
-_CHUNK_SIZE = {"cpu": 128, "other": 512}  # queries; more waste less on the slots' side of a chunk, fewer on the window's
+_CHUNK_SIZE = {
+    "cpu": 128,
+    "other": 512,
+}  # queries; more waste less on the slots' side of a chunk, fewer on the window's
 _MAX_SCORE = 64.0  # float32 rounds a score of 64 by 4e-6
 _POSITION_BITS = 47  # of a rank, below the 16 of a bfloat16 importance; 1e14 tokens
 _NEG_INF = float("-inf")
@@ -71,7 +74,7 @@ class CompressedState(NamedTuple):
         kept_value: [B,H,M,V].
         kept_rank: [B,H,M] int64: importance (bfloat16, upper bits), then position; −1: a free place.
         log_Z, mean: [B,H,K], [B,H,K,V] the slots, see `ConstAttnState`.
-        count: [B] int64, the real tokens that each row has seen.
+        seen: [B] int64, the real tokens that each row has seen.
     """
 
     window_key: Tensor
@@ -83,7 +86,7 @@ class CompressedState(NamedTuple):
     kept_rank: Tensor
     log_Z: Tensor
     mean: Tensor
-    count: Tensor
+    seen: Tensor
 
     @classmethod
     def empty(
@@ -208,8 +211,16 @@ def quadratic_compressed_attention(
             cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)  # [N,N,F]
             (qa, qb, q_rest), (ka, kb, k_rest) = (x.split([F, F, D - 2 * F], -1) for x in (q, k))
             scores = q_rest @ k_rest[:, None].transpose(2, 3)
-            scores = scores + torch.einsum("hgtf,hjf,tjf->hgtj", qa, ka, cos) + torch.einsum("hgtf,hjf,tjf->hgtj", qb, kb, cos)
-            scores = scores + torch.einsum("hgtf,hjf,tjf->hgtj", qa, kb, sin) - torch.einsum("hgtf,hjf,tjf->hgtj", qb, ka, sin)
+            scores = (
+                scores
+                + torch.einsum("hgtf,hjf,tjf->hgtj", qa, ka, cos)
+                + torch.einsum("hgtf,hjf,tjf->hgtj", qb, kb, cos)
+            )
+            scores = (
+                scores
+                + torch.einsum("hgtf,hjf,tjf->hgtj", qa, kb, sin)
+                - torch.einsum("hgtf,hjf,tjf->hgtj", qb, ka, sin)
+            )
         scores = scores * scaling  # [H,G,N,N]
 
         seen = window.expand(H, N, N)
@@ -221,7 +232,8 @@ def quadratic_compressed_attention(
             ahead = torch.einsum("ti,hji->htj", left.double(), larger.double())  # how many of those before j's place
             seen = window | (left & (ahead < M))
         scores = scores.masked_fill(~seen[:, None], _NEG_INF)
-        if slot_query is not None and is_causal:
+        if slot_query is not None:
+            assert slot_weight is not None and slot_bias is not None
             departed = left & ~seen  # [H,N,N]
             slot_q = slot_query[row, :, real].unflatten(0, (H, -1))  # [H,G,N,K]
             slot_k = torch.einsum("hjd,hkd->hjk", k, slot_weight) + slot_bias[:, None]
@@ -302,7 +314,7 @@ def compressed_attention(
     (B, heads, T, D), H, V = query.shape, key.shape[1], value.shape[-1]
     K = 0 if slot_query is None else slot_query.shape[-1]
     scaling = D**-0.5 if scaling is None else scaling
-    frequencies = query.new_zeros(0, dtype=_log_dtype(query.device)) if frequencies is None else frequencies
+    frequencies = _or_none(frequencies, key.device)
     past = state
     if state is None:
         state = CompressedState.empty(
@@ -317,8 +329,8 @@ def compressed_attention(
         if T == 1 and is_causal and not needs_gradient and document_start is None:
             state = CompressedState(*(tensor.clone() for tensor in state))
             output = compressed_step_(
-                query, key, value, state, num_sinks=num_sinks, frequencies=frequencies, max_distance=R,
-                slot_query=slot_query, slot_weight=slot_weight, slot_bias=slot_bias, log_decay=log_decay,
+                query, key, value, state, sliding_window=W, num_kept_tokens=M, num_sinks=num_sinks, frequencies=frequencies,
+                max_distance=R, slot_query=slot_query, slot_weight=slot_weight, slot_bias=slot_bias, log_decay=log_decay,
                 key_mask=key_mask, scaling=scaling,
             )  # fmt: skip
             return output, state
@@ -335,12 +347,12 @@ def compressed_attention(
             real = torch.ones(B, T, dtype=torch.bool, device=key.device)
 
         # Everything that may be read, in the order: kept M, window P, new T.
-        position, first = _new_positions(state.count, real, document_start)  # [B,T] each
+        position, first = _new_positions(state.seen, real, document_start)  # [B,T] each
         P = 0 if past is None else W
         keys, values = [state.kept_plain_key, key], [state.kept_value, value]
         positions, importance = position, state.window_importance[:, :, :P]
         if P:
-            before = state.count[:, None] - W + torch.arange(W, device=key.device)  # [B,W], the window in order
+            before = state.seen[:, None] - W + torch.arange(W, device=key.device)  # [B,W], the window in order
             ring = before % W
             plain = rotate(_take(state.window_key, ring), -before[:, None], frequencies)
             keys.insert(1, plain.to(key.dtype))
@@ -360,7 +372,16 @@ def compressed_attention(
         if K and (P or T > W):
             assert slot_query is not None and slot_weight is not None and slot_bias is not None
             y_slots, lse_slots, slots = _read_slots(
-                slot_query, all_keys, all_values, departed, slots, slot_weight, slot_bias, log_decay, document_start, backend
+                slot_query,
+                all_keys,
+                all_values,
+                departed,
+                slots,
+                slot_weight,
+                slot_bias,
+                log_decay,
+                document_start,
+                backend,
             )
             y = _join(y, lse, y_slots, lse_slots)
         output = y.view(B, heads, T, V).to(value.dtype)
@@ -369,10 +390,7 @@ def compressed_attention(
             output = output.gather(2, order.argsort(1)[:, None, :, None].expand_as(output))
 
         # The state: of the last document the last W tokens, each at its place, and what was kept.
-        if document_start is None:
-            count = state.count + real.sum(1)
-        else:
-            count = position[:, -1] + 1
+        count = state.seen + real.sum(1) if document_start is None else position[:, -1] + 1
         newest = M + P + real.sum(1) - 1  # [B], number among all of each row's last token
         time = torch.arange(W, device=key.device)
         back = (count[:, None] - 1 - time) % W  # [B,W]: how far before the last token the one of each place lies
@@ -385,7 +403,9 @@ def compressed_attention(
         state = CompressedState(
             window_key.to(key.dtype).where(is_there, 0.0),
             _take(all_values, index).where(is_there, 0.0),
-            torch.nn.functional.pad(importance, (M, 0)).gather(2, index[:, None].expand(B, H, W)).where(is_there[..., 0], 0.0),
+            torch.nn.functional.pad(importance, (M, 0))
+            .gather(2, index[:, None].expand(B, H, W))
+            .where(is_there[..., 0], 0.0),
             rotate(kept_plain_key, _position(kept_rank), frequencies).to(key.dtype),
             kept_plain_key,
             _take(all_values, kept_index).where(is_kept, 0.0),
@@ -394,6 +414,10 @@ def compressed_attention(
             count,
         )
     return output, state
+
+
+def _or_none(frequencies: Tensor | None, device: torch.device) -> Tensor:
+    return torch.zeros(0, dtype=_log_dtype(device), device=device) if frequencies is None else frequencies
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
@@ -445,7 +469,9 @@ def _read_slots(
         decay = decay.masked_fill(document_start[:, None, :, None], _NEG_INF)
 
     def first_of_group(x: Tensor, fill: float) -> Tensor:  # [B,H,T,·] → [B·H,T·G,·]
-        return torch.nn.functional.pad(x[:, :, :, None], (0, 0, 0, G - 1), value=fill).reshape(B * H, T * G, x.shape[-1])
+        return torch.nn.functional.pad(x[:, :, :, None], (0, 0, 0, G - 1), value=fill).reshape(
+            B * H, T * G, x.shape[-1]
+        )
 
     q = query.to(dtype).unflatten(1, (H, G)).transpose(2, 3).reshape(B * H, T * G, K)
     kernels = _use_kernels(backend, q.device, K, V, dtype)
@@ -461,7 +487,11 @@ def _read_slots(
     )
     y, lse = (x.unflatten(1, (T, G)).transpose(1, 2).flatten(0, 1) for x in (y, lse))
     log_Z, mean = log_Z[:, -1].view(B, H, K), mean[:, -1].view(B, H, K, V)
-    return y, lse, ConstAttnState(log_Z, mean.masked_fill((log_Z == _NEG_INF)[..., None], 0.0))  # a document may be short
+    return (
+        y,
+        lse,
+        ConstAttnState(log_Z, mean.masked_fill((log_Z == _NEG_INF)[..., None], 0.0)),
+    )  # a document may be short
 
 
 # ----------------------------------------------------------------------------------------------------------------------- one token
@@ -473,24 +503,28 @@ def compressed_step_(
     value: Tensor,
     state: CompressedState,
     *,
-    num_sinks: int,
-    frequencies: Tensor,
-    max_distance: int | None,
-    slot_query: Tensor | None,
-    slot_weight: Tensor | None,
-    slot_bias: Tensor | None,
-    log_decay: Tensor | None,
-    key_mask: Tensor | None,
-    scaling: float,
+    sliding_window: int,
+    num_kept_tokens: int = 0,
+    num_sinks: int = 0,
+    frequencies: Tensor | None = None,
+    max_distance: int | None = None,
+    slot_query: Tensor | None = None,
+    slot_weight: Tensor | None = None,
+    slot_bias: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scaling: float | None = None,
 ) -> Tensor:
     """`compressed_attention` for one token, writing into the tensors of ``state``: O(W + M + K). Arguments as there.
 
     No branch on data, so it compiles into one graph.
     """
     (B, heads, _, D), H = query.shape, key.shape[1]
-    W, M, K = state.window_key.shape[2], state.kept_key.shape[2], state.log_Z.shape[2]
+    W, M, K = sliding_window, num_kept_tokens, state.log_Z.shape[2]
+    scaling = D**-0.5 if scaling is None else scaling
+    frequencies = _or_none(frequencies, key.device)
     dtype = _compute_dtype(value.dtype)
-    rows, count = torch.arange(B, device=key.device), state.count.clone()
+    rows, count = torch.arange(B, device=key.device), state.seen.clone()
     real = torch.ones_like(count, dtype=torch.bool) if key_mask is None else key_mask[:, 0]
     place = count % W  # [B]
 
@@ -531,15 +565,15 @@ def compressed_step_(
     ):
         keep = real.view(B, *[1] * (new.dim() - 1))
         window[rows, :, place] = new.to(window.dtype).where(keep, window[rows, :, place])
-    state.count.add_(real)
+    state.seen.add_(real)
 
     # The window: its places hold the last min(count, W) tokens.
     q = rotate(query, count[:, None, None], frequencies).to(dtype).view(B, H, -1, D) * scaling  # [B,H,G,D]
     scores = q @ state.window_key.to(dtype).transpose(2, 3)  # [B,H,G,W]
-    is_filled = torch.arange(W, device=key.device) < state.count[:, None]
+    is_filled = torch.arange(W, device=key.device) < state.seen[:, None]
     scores = scores.masked_fill(~is_filled[:, None, None], _NEG_INF)
     scores = scores.where(is_filled.any(1)[:, None, None, None], 0.0)  # a row that has seen nothing; its output is 0
-    if M > num_sinks:
+    if num_sinks < M:
         received = scores.softmax(-1).sum(2).where(real[:, None, None], 0.0)
         state.window_importance.add_(received)
     values = state.window_value
@@ -592,7 +626,7 @@ class _Exact:
     ):
         B, H, A, _ = k.shape
         T = q.shape[2]
-        self.G, self.M, self.W, self.R = q.shape[1] // H, kept_rank.shape[2], window, max_distance
+        self.G, self.M, self.W = q.shape[1] // H, kept_rank.shape[2], window
         self.P = position.shape[1] - T
         self.ahead = 0 if is_causal else window - 1
         self.frequencies, self.scaling = frequencies, scaling
@@ -605,7 +639,8 @@ class _Exact:
         seen = self.P - (position[:, : self.P] < 0).sum(1)
         self.first = self.P - int(seen.max()) if self.P else 0
         self.all_real = not bool((position[:, self.first :] < 0).any())
-        self.far = max_distance is not None and self.M > 0 and int(position.max()) > max_distance
+        self.R = 2**62 if max_distance is None else max_distance
+        self.far = self.M > 0 and int(position.max()) > self.R
         self.rotated: dict[torch.dtype, tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -644,7 +679,9 @@ class _Exact:
         present = self.arrival(candidates, a, b)[:, None] <= query[:, None]
         return present if self.start is None else present & (candidates[:, None] >= self.start[:, a:b, None])
 
-    def kept_scores(self, queries: Tensor, candidates: Tensor, visible: Tensor, a: int, b: int, dtype: torch.dtype) -> Tensor:
+    def kept_scores(
+        self, queries: Tensor, candidates: Tensor, visible: Tensor, a: int, b: int, dtype: torch.dtype
+    ) -> Tensor:
         """[N,G,b−a,n] of queries a … b−1 [N,G·(b−a),D] and candidates [N,n], −inf where not visible."""
         _, k, q_far = self.tensors(dtype)
         index = candidates.clamp(min=0)
@@ -675,7 +712,9 @@ def _weights_(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 def _is_coarse(peak: Tensor) -> bool:
     """Whether scores are so large that float32 is too coarse for them; rows that see nothing do not count."""
-    return peak.dtype == torch.float32 and bool(((peak.abs() > _MAX_SCORE) & (peak > torch.finfo(peak.dtype).min)).any())
+    return peak.dtype == torch.float32 and bool(
+        ((peak.abs() > _MAX_SCORE) & (peak > torch.finfo(peak.dtype).min)).any()
+    )
 
 
 def _forward(
@@ -707,7 +746,7 @@ def _forward(
         queries, weights, peak, total, read = read_window(q.dtype)
         if _is_coarse(peak):
             queries, weights, peak, total, read = read_window(torch.float64)
-        if M > num_sinks:  # else importance decides nothing
+        if num_sinks < M:  # else importance decides nothing
             share = real[:, None, a:b].expand(N, G, b - a).reshape(N, 1, -1) / total.transpose(1, 2).clamp_min(1e-30)
             importance[:, keys.start - M : keys.stop - M] += torch.bmm(share, weights)[:, 0].to(importance.dtype)
 
@@ -766,8 +805,8 @@ def _backward(
     N, G, T, D = x.q.shape
     M = x.M
     dtype = x.q.dtype
-    dq, dq_far = torch.zeros_like(x.q), torch.zeros_like(x.q) if x.far else None  # of the queries as rotated
-    dk, dk_plain, dv = torch.zeros_like(x.k), torch.zeros_like(x.k) if x.far else None, torch.zeros_like(x.v)
+    dq, dk, dv = torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v)  # of queries and keys as rotated
+    dq_far, dk_plain = (torch.zeros_like(x.q), torch.zeros_like(x.k)) if x.far else (dq, dk)
     for chunk, a in enumerate(range(0, T, chunk_size)):
         b = min(a + chunk_size, T)
         keys, hidden = x.window(a, b)
@@ -814,7 +853,7 @@ def _backward(
         dq[:, :, a:b] = row_dq.view(N, G, b - a, D).to(dtype)
     dq = rotate(dq, -x.position[:, None, -T:], x.frequencies)
     dk = rotate(dk, -x.position, x.frequencies)
-    if dk_plain is not None:
+    if x.far:
         dq = dq + rotate(dq_far, x.position.new_tensor(-x.R), x.frequencies)
         dk = dk + dk_plain
     return dq * x.scaling, dk, dv
@@ -899,9 +938,8 @@ def _exact_backward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = _Exact(q, k, v, kept_rank, position, start, frequencies, scaling, sliding_window, max_distance, is_causal)
-    by_row = (part.view(-1, x.G, *part.shape[1:]) for part in (y, lse))
-    d_rows = (part.reshape(-1, x.G, *part.shape[1:]) for part in (dy, dlse))
-    dq, dk, dv = _backward(x, *by_row, candidates, *d_rows, chunk_size)
+    y, lse, dy, dlse = (part.reshape(-1, x.G, *part.shape[1:]) for part in (y, lse, dy, dlse))
+    dq, dk, dv = _backward(x, y, lse, candidates, dy, dlse, chunk_size)
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
 
@@ -975,7 +1013,9 @@ def _check_inputs(
     if R is not None and R < W:
         raise ValueError(f"max_distance={R} must be at least sliding_window={W}")
     if frequencies is not None and (frequencies.dim() != 1 or 2 * len(frequencies) > D):
-        raise ValueError(f"frequencies must be [F] with 2F ≤ {D}, two features each; they are {tuple(frequencies.shape)}")
+        raise ValueError(
+            f"frequencies must be [F] with 2F ≤ {D}, two features each; they are {tuple(frequencies.shape)}"
+        )
     K = 0
     if slot_query is not None:
         K = slot_query.shape[-1]

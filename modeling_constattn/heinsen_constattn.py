@@ -77,9 +77,9 @@ class HeinsenBlock(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        masks: dict[str, Tensor | None],
+        key_mask: Tensor | None,
         lag_limit: Tensor | None,
-        rotary: None,
+        frequencies: None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> Tensor:
@@ -94,7 +94,6 @@ class HeinsenBlock(GradientCheckpointingLayer):
             log_decay = torch.zeros_like(query[..., :1]).masked_fill((lag_limit == 0)[:, None, :, None], float("-inf"))
         value = log_value.float().clamp(-_MAX_LOG_VALUE, _MAX_LOG_VALUE).exp()
         state = None if cache is None else cache.state
-        key_mask = masks["constant_attention"]
         output, state = constant_attention(
             query.float(), key.float(), value, state, log_decay=log_decay, key_mask=key_mask
         )

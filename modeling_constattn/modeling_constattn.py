@@ -4,7 +4,7 @@ Every projection is an `nn.Linear` and nothing else, since quantisers pass over 
 """
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,7 @@ from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import ReplicatedWithGradAllReduce
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import (
-    create_bidirectional_sliding_window_mask,
     create_recurrent_attention_mask,
-    create_sliding_window_causal_mask,
     find_packed_sequence_indices,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -29,17 +27,22 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils import is_torchdynamo_compiling, is_tracing
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_constattn import ConstAttnState, constant_attention
-from .cache_constattn import ConstAttnCacheLayer, cache_layer, is_constant, own_layers, rows_behind
+from .cache_constattn import CompressedCacheLayer, ConstAttnCacheLayer, cache_layer, own_layers
+from .compressed_constattn import compressed_attention, compressed_step_
 from .configuration_constattn import ConstAttnConfig
 from .heinsen_constattn import HeinsenBlock, HeinsenPositions
 from .state_files_constattn import load_cache, save_cache  # noqa: F401  the file travels with a checkpoint's code
 
+_SLOT_BIAS = (
+    -4.0
+)  # a departed token begins with e^-4 of the weight of an exact one of score 0; what is right is learned
 _INDUCTION_SCALE = 3.0  # standard deviation of queries and keys; a seed learns with 3 that does not with 2 or 4
 _INDUCTION_HALF_LIFE = 100_000  # tokens; with 1,000, what was to be found 16,384 tokens back was often lost
 
@@ -217,72 +220,153 @@ class ConstantAttention(nn.Module):
         )
 
 
-def _eager_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    **kwargs,
-) -> tuple[Tensor, Tensor]:
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2), weights
+class SlotMap(nn.Module):
+    """A linear map of each head's features to its slots, [B,heads,T,D] → [B,heads,T,K]."""
+
+    def __init__(self, heads: int, slots: int, features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, slots, features))
+        self.bias = nn.Parameter(torch.empty(heads, slots))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bhtd,hkd->bhtk", x, self.weight) + self.bias[:, None]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: x [B,H,T,V], cos and sin [B,1,T,V/2]; the two halves of the features are the rotated pairs."""
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+class SlotKeyMap(SlotMap):
+    """The map that makes a departing token's slot key of its key, and how much a slot keeps when a token departs into it."""
+
+    def __init__(self, heads: int, slots: int, features: int):
+        super().__init__(heads, slots, features)
+        self.decay = nn.Parameter(torch.empty(heads, slots))  # nothing is lost where ≤ 0
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """weight [H,K,D], bias [H,K] and log_decay [H,K] of `compressed_attention`, which applies them."""
+        return self.weight, self.bias, -self.decay.clamp(min=0.0)
 
 
-class SlidingAttention(nn.Module):
-    """Softmax attention with rotary positions over the last `sliding_window` tokens; not causal: over as many on either side."""
+class _ParallelHeads(ReplicatedWithGradAllReduce):
+    """Tensor parallel: each rank takes its own heads' part, along the first axis, of parameters that are whole on every rank."""
 
-    num_key_value_groups = 1
+    def install_forward(self, module, mesh):
+        forward = module.forward
+
+        def forward_with_own_heads(*args, **kwargs):
+            whole = dict(module._parameters)
+            for name, parameter in whole.items():
+                module._parameters[name] = parameter.chunk(mesh.size())[mesh.get_local_rank()]
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                module._parameters.update(whole)
+
+        module.forward = forward_with_own_heads
+        return super().install_forward(module, mesh)  # sums the gradients of all ranks
+
+
+ALL_PARALLEL_STYLES.register("constattn_heads", _ParallelHeads())
+
+
+class CompressedAttention(nn.Module):
+    """Softmax attention with rotary positions over a window, kept tokens and slots, see `compressed_attention`; as
+    "sliding_attention", over the window alone, which may lie on either side."""
 
     def __init__(self, config: ConstAttnConfig, layer_idx: int):
         super().__init__()
-        self.config, self.layer_idx, self.is_causal = config, layer_idx, config.is_causal
+        self.layer_idx, self.is_causal = layer_idx, config.is_causal
         self.head_dim = config.head_dim
-        width = config.num_attention_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        is_compressed = config.mixer_types[layer_idx] == "compressed_attention"
+        self.options: dict[str, Any] = {"sliding_window": config.sliding_window}
+        if is_compressed:
+            self.options |= {name: getattr(config, name) for name in ("num_kept_tokens", "num_sinks", "max_distance")}
+        self.use_rope = config.use_rope[layer_idx] if isinstance(config.use_rope, list) else config.use_rope
+        self.options["scaling"] = config.head_dim**-0.5
+        if self.use_rope:
+            self.options["scaling"] *= rotary_frequencies(config)[1] ** 2
+        heads, shared = config.num_attention_heads, config.num_key_value_heads
+        bias, hidden = config.attention_bias, config.hidden_size
+        self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, shared * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, shared * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=config.attention_output_bias)
+        has_norm, has_slots = config.use_qk_norm, is_compressed and config.num_slots > 0
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if has_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if has_norm else None
+        self.slot_q = SlotMap(heads, config.num_slots, self.head_dim) if has_slots else None
+        self.slot_k = SlotKeyMap(shared, config.num_slots, self.head_dim) if has_slots else None
 
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        rotary: tuple[Tensor, Tensor],
+        key_mask: Tensor | None,
+        lag_limit: Tensor | None,
+        frequencies: Tensor | None,
         past_key_values: Cache | None,
-        **kwargs,
-    ) -> tuple[Tensor, Tensor | None]:
-        """[B,T,hidden] → [B,T,hidden] and, with eager attention, the weights [B,H,T,S]."""
+    ) -> Tensor:
+        """[B,T,hidden] → [B,T,hidden]. ``key_mask`` [B,T] bool; ``lag_limit`` [B,T], 0 at each packed document's start."""
         B, T, _ = hidden_states.shape
-        query = self.q_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
+        cache = cache_layer(past_key_values, self.layer_idx)
+        query = self.q_proj(hidden_states).view(B, T, -1, self.head_dim)
+        key = self.k_proj(hidden_states).view(B, T, -1, self.head_dim)
         value = self.v_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
-        query, key = _rotate(query, *rotary), _rotate(key, *rotary)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=0.0,
-            scaling=self.head_dim**-0.5,
-            sliding_window=self.config.sliding_window,
-            **kwargs,
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        tokens: dict[str, Any] = {"query": query.transpose(1, 2), "key": key.transpose(1, 2), "value": value}
+        options = dict(self.options)
+        if self.use_rope:
+            options["frequencies"] = frequencies
+        if self.slot_q is not None and self.slot_k is not None:
+            tokens["slot_query"] = self.slot_q(tokens["query"])
+            options |= zip(("slot_weight", "slot_bias", "log_decay"), self.slot_k(), strict=True)
+        document_start = None if lag_limit is None else lag_limit == 0
+        output = self.attend(tokens, key_mask, document_start, options, cache)
+        return self.o_proj(output.transpose(1, 2).reshape(B, T, -1))
+
+    def attend(
+        self,
+        tokens: dict[str, Any],
+        key_mask: Tensor | None,
+        document_start: Tensor | None,
+        options: dict[str, Any],
+        cache: CompressedCacheLayer | None,
+    ) -> Tensor:
+        """[B,heads,T,D] of `compressed_attention`; one token is written into the cache where it lies."""
+        T = tokens["query"].shape[2]
+        state = None if cache is None else cache.state
+        if cache is None or state is None or T != 1 or torch.is_grad_enabled() or document_start is not None:
+            output, state = compressed_attention(
+                **tokens,
+                state=state,
+                key_mask=key_mask,
+                document_start=document_start,
+                is_causal=self.is_causal,
+                **options,
+            )
+            if cache is not None:
+                cache.write_state(state)
+        else:
+            output = compressed_step_(**tokens, state=cache.writable_state(), key_mask=key_mask, **options)
+        if cache is not None:
+            cache.advance(T)
+            if cache.record_past:
+                cache.record(**tokens, key_mask=key_mask, options=options)
+        return output
+
+
+def rotary_frequencies(config: ConstAttnConfig) -> tuple[list[float], float]:
+    """Radians per token of each feature pair, by Transformers' own functions, and what they multiply queries and keys by."""
+    parameters = config.rope_parameters
+    if parameters["rope_type"] == "default":
+        features = int(config.head_dim * parameters.get("partial_rotary_factor", 1.0))
+        exponent = torch.arange(0, features, 2, device="cpu").float() / features
+        return (1.0 / parameters["rope_theta"] ** exponent).tolist(), 1.0
+    function = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
+    frequencies, factor = function(config, torch.device("cpu"), seq_len=config.max_distance)
+    if factor != 1.0 and 2 * len(frequencies) < config.head_dim:
+        raise ValueError(
+            f"rope_type={parameters['rope_type']!r} scales the features that turn, by {factor}: with partial_rotary_factor="
+            f"{parameters['partial_rotary_factor']} the others would not be; use 1.0"
         )
-        return self.o_proj(output.reshape(B, T, -1)), weights
+    return frequencies.tolist(), factor
 
 
 class SwiGLU(nn.Module):
@@ -303,10 +387,15 @@ class ConstAttnBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: ConstAttnConfig, layer_idx: int):
         super().__init__()
-        self.mixer_type = config.layer_types[layer_idx]
+        self.mixer_type = config.mixer_types[layer_idx]
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        mixer_class = ConstantAttention if self.mixer_type == "constant_attention" else SlidingAttention
-        self.mixer = mixer_class(config, layer_idx)
+        if self.mixer_type == "compressed_attention":
+            self.self_attn = CompressedAttention(
+                config, layer_idx
+            )  # Llama's name: a converted model's weights keep theirs
+        else:
+            mixer_class = ConstantAttention if self.mixer_type == "constant_attention" else CompressedAttention
+            self.mixer = mixer_class(config, layer_idx)
         if config.intermediate_size:
             self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.mlp = SwiGLU(config)
@@ -316,17 +405,18 @@ class ConstAttnBlock(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        masks: dict[str, Tensor | None],
+        key_mask: Tensor | None,
         lag_limit: Tensor | None,
-        rotary: tuple[Tensor, Tensor] | None,
+        frequencies: Tensor | None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> Tensor:
         normed = self.input_layernorm(hidden_states)
         if self.mixer_type == "constant_attention":
-            mixed = self.mixer(normed, masks["constant_attention"], lag_limit, past_key_values)
+            mixed = self.mixer(normed, key_mask, lag_limit, past_key_values)
         else:
-            mixed, _ = self.mixer(normed, masks["sliding_attention"], rotary, past_key_values, **kwargs)
+            mixer = self.self_attn if self.mixer_type == "compressed_attention" else self.mixer
+            mixed = mixer(normed, key_mask, lag_limit, frequencies, past_key_values)
         hidden_states = hidden_states + mixed
         if self.mlp is not None:
             hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -344,12 +434,9 @@ class ConstAttnPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["ConstAttnBlock", "HeinsenBlock"]
     _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
+    _supports_sdpa = True  # the default that Transformers asks for; attention is this family's own
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": [ConstAttnBlock, HeinsenBlock], "attentions": SlidingAttention}
+    _can_record_outputs = {"hidden_states": [ConstAttnBlock, HeinsenBlock]}
 
     def __init__(self, config: ConstAttnConfig):
         super().__init__(config)
@@ -362,6 +449,13 @@ class ConstAttnPreTrainedModel(PreTrainedModel):
         if isinstance(module, ShortConvolution):
             bound = module.weight.shape[1] ** -0.5
             init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, SlotMap):
+            init.normal_(module.weight, std=module.weight.shape[-1] ** -0.5)
+            init.constant_(
+                module.bias, 0.0 if isinstance(module, SlotKeyMap) else _SLOT_BIAS - math.log(len(module.bias[0]))
+            )
+            if isinstance(module, SlotKeyMap):
+                init.zeros_(module.decay)
 
     def initialize_weights(self):
         """As in Transformers, whose walk sees one module at a time; induction heads copy from one to another, after it."""
@@ -390,12 +484,12 @@ def _check_cache(past_key_values: Cache, config: ConstAttnConfig, batch: int) ->
             "make it by DynamicCache(config=model.config)"
         )
     for i, (layer, mixer_type) in enumerate(zip(layers, config.layer_types, strict=True)):
-        if is_constant(layer) != (mixer_type == "constant_attention"):
+        if getattr(layer, "_layer_type", None) != mixer_type:
             raise ValueError(
                 f"past_key_values.layers[{i}] is a {type(layer).__name__}, the model's layer {i} {mixer_type}; "
                 "make the cache by DynamicCache(config=model.config)"
             )
-        if is_constant(layer) and layer.batch_size not in (-1, batch):
+        if layer.batch_size not in (-1, batch):
             raise ValueError(f"past_key_values holds {layer.batch_size} rows, the input {batch}")
 
 
@@ -434,15 +528,12 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
             self.positions = None
             self.layers = nn.ModuleList([ConstAttnBlock(config, i) for i in range(config.num_hidden_layers)])
             self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        has_softmax = config.block_type != "heinsen" and "compressed_attention" in config.layer_types
+        self.frequencies = (
+            rotary_frequencies(config)[0] if has_softmax else None
+        )  # no tensor: a model's dtype is too coarse
         self.gradient_checkpointing = False
         self.post_init()
-
-    def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [B,1,T,V/2] of the rotary positions, computed in float32."""
-        half = self.config.head_dim // 2
-        frequencies = self.config.rope_theta ** (-torch.arange(half, device=position_ids.device).float() / half)
-        angles = position_ids[:, None, :, None].float() * frequencies
-        return angles.cos().to(dtype), angles.sin().to(dtype)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -460,8 +551,9 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
         Args:
             input_ids: [B,T] token ids; or `inputs_embeds` [B,T,hidden].
             attention_mask: [B,T], or [B,past+T] of which the last T count; 1 for a real token. Padding may lie anywhere.
-            position_ids: [B,T]. Rotary positions of sliding layers; and where they restart (without an attention_mask), a new
-                packed document starts: no layer looks across. `cu_seq_lens_q` of a flat row or `seq_idx` [B,T] stand in for them.
+            position_ids: [B,T]. Where they restart (without an attention_mask), a new packed document starts: no layer looks
+                across. `cu_seq_lens_q` of a flat row or `seq_idx` [B,T] stand in for them. Otherwise they say nothing: each
+                layer counts the real tokens of its rows.
             past_key_values: what earlier calls returned, or `DynamicCache(config=model.config)`.
             use_cache: whether to return the state.
 
@@ -500,37 +592,33 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             _check_cache(past_key_values, self.config, B)
-        masks, rotary = self._masks_and_rotary(inputs_embeds, attention_mask, position_ids, past_key_values, lag_limit)
+        key_mask = self._key_mask(inputs_embeds, attention_mask, position_ids, past_key_values)
+        frequencies = None
+        if self.frequencies is not None:
+            frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=inputs_embeds.device)
 
         hidden_states = inputs_embeds
         if self.positions is not None:
-            hidden_states = self.positions(hidden_states, masks["constant_attention"], lag_limit, past_key_values)
+            hidden_states = self.positions(hidden_states, key_mask, lag_limit, past_key_values)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, masks, lag_limit, rotary, past_key_values=past_key_values, **kwargs)
+            hidden_states = layer(
+                hidden_states, key_mask, lag_limit, frequencies, past_key_values=past_key_values, **kwargs
+            )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
 
-    def _masks_and_rotary(
+    def _key_mask(
         self,
         inputs_embeds: Tensor,
         attention_mask: Tensor | dict[str, Tensor | None] | None,
         position_ids: Tensor | None,
         past_key_values: Cache | None,
-        lag_limit: Tensor | None,
-    ) -> tuple[dict[str, Tensor | None], tuple[Tensor, Tensor] | None]:
-        """What each kind of layer needs: constant layers a bool mask [B,T] or None, sliding layers a 4D mask and positions."""
+    ) -> Tensor | None:
+        """[B,T] bool, True for the real ones of the new tokens, or None where all are."""
         B, T, _ = inputs_embeds.shape
-        sliding = "sliding_attention" in self.config.layer_types
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if sliding and past_key_values is not None and (behind := rows_behind(past_key_values)) is not None:
-            time = torch.arange(seen + T, device=inputs_embeds.device)  # stacked caches: a left-padded batch
-            if attention_mask is None:
-                attention_mask = (time >= behind[:, None]).long()
-            if position_ids is None:
-                position_ids = time[seen:] - behind[:, None]
-        if isinstance(attention_mask, dict):  # made by `generate`
-            masks = dict(attention_mask)
+        if isinstance(attention_mask, dict):  # made by `generate`, the same for every kind of layer
+            key_mask = next(iter(attention_mask.values()))
         else:
             if attention_mask is not None and (attention_mask.shape[0] != B or attention_mask.shape[-1] < T):
                 raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, the input has [{B},{T}] tokens")
@@ -538,33 +626,14 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
                 raise ValueError(
                     f"attention_mask must be [B,T] with 1 for real tokens; it has {attention_mask.dim()} axes"
                 )
-            arguments = {
-                "config": self.config,
-                "inputs_embeds": inputs_embeds,
-                "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
-                "position_ids": position_ids,
-            }
-            masks = {"constant_attention": create_recurrent_attention_mask(**arguments)}
-            if sliding:
-                if lag_limit is not None and past_key_values is not None:
-                    message = "packed documents with sliding_attention layers cannot continue from a cache"
-                    if not is_tracing(lag_limit):
-                        raise ValueError(message)
-                    torch._assert_async((lag_limit > 0).all(), message)  # whether there are some is known when it runs
-                make = (
-                    create_sliding_window_causal_mask
-                    if self.config.is_causal
-                    else create_bidirectional_sliding_window_mask
-                )
-                masks["sliding_attention"] = make(**arguments)
-        key_mask = masks.get("constant_attention")
-        masks["constant_attention"] = None if key_mask is None else key_mask.bool()
-        if not sliding:
-            return masks, None
-        if position_ids is None:
-            position_ids = (torch.arange(T, device=inputs_embeds.device) + seen)[None]
-        return masks, self._rotary(position_ids, inputs_embeds.dtype)
+            key_mask = create_recurrent_attention_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        return None if key_mask is None else key_mask.bool()
 
 
 class ConstAttnForCausalLM(ConstAttnPreTrainedModel, GenerationMixin):

@@ -193,8 +193,7 @@ def load_cache(path, model, *, return_header=False, fingerprint=None):
     for number, layer in enumerate(cache.layers):
         memory, device = memory_of(layer), _device(base.layers[number])
         own_tensors = {
-            name: _moved(tensors[f"layers.{number}.{name}"], device)
-            for name in memory.expected(base.config, number, tokens)
+            name: _moved(tensors[f"layers.{number}.{name}"], device) for name in memory.expected(base.config, number)
         }
         cache.layers[number] = memory.rebuilt(own_tensors, tokens, tensors.get("behind"))
     return (cache, header) if return_header else cache
@@ -204,7 +203,7 @@ def _check_tensors(tensors: dict[str, Tensor], config: Any, rows: int, tokens: i
     """Raises ValueError where these tensors are not all that the model's own cache would hold, or no numbers."""
     expected: Expected = {}
     for number, layer in enumerate(own_layers(DynamicCache(config=config)).layers):
-        for name, (shape, dtypes) in memory_of(layer).expected(config, number, tokens).items():
+        for name, (shape, dtypes) in memory_of(layer).expected(config, number).items():
             expected[f"layers.{number}.{name}"] = (rows, *shape), dtypes
     if "behind" in tensors:
         expected["behind"] = (rows,), (torch.int64,)

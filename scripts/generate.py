@@ -23,7 +23,7 @@ from lib.checkpoints import load_model, load_tokenizer
 from lib.documents import encode_rendered, render_chat, start_token_id, token_ids
 from transformers import Cache, PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from modeling_constattn import ConstAttnCacheLayer, cache_nbytes, speed_up_cpu_inference
+from modeling_constattn import cache_nbytes, speed_up_cpu_inference
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -115,10 +115,9 @@ def stream(model: Any, tokenizer: Any, cache: Cache | None, last: int, length: i
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
-    # What the cache holds is not repeated in the input, and a mask longer than the input says so. Only window layers look at
-    # more of it: a mask over a million tokens takes longer than the first new token.
-    only_constant = all(isinstance(layer, ConstAttnCacheLayer) for layer in cache.layers) if cache else False
-    mask = torch.ones(1, min(length, 2) if only_constant else length, dtype=torch.long, device=model.device)
+    # What the cache holds is not repeated in the input, and a mask longer than the input says so. More of it nobody looks at,
+    # and over a million tokens it would take longer than the first new token.
+    mask = torch.ones(1, min(length, 2), dtype=torch.long, device=model.device)
     began = time.perf_counter()
     output = model.generate(
         torch.tensor([[last]], device=model.device),

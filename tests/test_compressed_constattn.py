@@ -1,5 +1,7 @@
 """Compressed attention: every path is held to the float64 definition, in outputs, states and gradients."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -50,10 +52,12 @@ def in_float64(inputs: dict) -> dict:
     return {name: x.double() for name, x in inputs.items()}
 
 
-def read_in_pieces(inputs: dict, cuts: list[int], chunk_size: int = 16, **options) -> tuple[torch.Tensor, CompressedState]:
+def read_in_pieces(
+    inputs: dict, cuts: list[int], chunk_size: int = 16, **options
+) -> tuple[torch.Tensor, CompressedState]:
     state, outputs = None, []
     masks = {name: options.pop(name) for name in ("key_mask", "document_start") if name in options}
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in itertools.pairwise(cuts):
         piece = {name: mask[:, start:end] for name, mask in masks.items()}
         output, state = compressed_attention(
             **part(inputs, slice(start, end)), **piece, **options, state=state, chunk_size=chunk_size
@@ -68,13 +72,14 @@ def assert_same_state(state: CompressedState, expected: CompressedState, toleran
     for name, own, other in zip(CompressedState._fields, state, expected, strict=True):
         if name.startswith("kept_"):
             own, other = (
-                x.gather(2, (o if x.dim() == 3 else o[..., None].expand_as(x))) for x, o in ((own, order), (other, expected_order))
+                x.gather(2, (o if x.dim() == 3 else o[..., None].expand_as(x)))
+                for x, o in ((own, order), (other, expected_order))
             )
         torch.testing.assert_close(own, other, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def relative_error(x: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((x.double() - expected).abs().max() / expected.abs().max())
+    return float((x.detach().double() - expected.detach()).abs().max() / expected.detach().abs().max())
 
 
 @kinds
@@ -88,7 +93,8 @@ def test_is_the_definition(kind, with_slots, tokens):
     assert relative_error(output, expected) < 1e-13
     gradient = torch.randn_like(output, generator=None)
     ours, theirs = (
-        torch.autograd.grad(y, floating, gradient, allow_unused=True, materialize_grads=True) for y in (output, expected)
+        torch.autograd.grad(y, floating, gradient, allow_unused=True, materialize_grads=True)
+        for y in (output, expected)
     )
     for own, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-11)
@@ -173,7 +179,7 @@ def test_packed_documents_are_as_alone(kind, with_slots):
     torch.testing.assert_close(in_pieces, output, rtol=0, atol=1e-12)
     assert_same_state(last, state)
     for row, cuts in enumerate(([0, 50, 51, 70, 97], [0, 33, 90, 97])):
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in itertools.pairwise(cuts):
             alone = part(inputs, slice(start, end), slice(row, row + 1))
             expected, own_state = compressed_attention(**alone, **KINDS[kind])
             torch.testing.assert_close(output[row : row + 1, :, start:end], expected, rtol=0, atol=1e-12)
@@ -229,9 +235,9 @@ def test_rotary_positions_are_exact_far_out():
     whole, _ = compressed_attention(**inputs, sliding_window=8)
     _, state = compressed_attention(**part(inputs, slice(0, 20)), sliding_window=8)
     for shift in (0, 1_000_000 * 8, 2**31):  # the same text, much later: only distances count
-        count = state.count + shift
+        seen = state.seen + shift
         turned = rotate(state.window_key.double(), torch.tensor(shift), inputs["frequencies"]).float()
-        later = state._replace(window_key=turned.roll(shift % 8, 2), count=count)
+        later = state._replace(window_key=turned.roll(shift % 8, 2), seen=seen)
         output, after = compressed_attention(**part(inputs, slice(20, 39)), state=later, sliding_window=8)
         step, _ = compressed_attention(**part(inputs, slice(39, 40)), state=after, sliding_window=8)
         torch.testing.assert_close(torch.cat([output, step], 2), whole[:, :, 20:], rtol=0, atol=3e-6)
@@ -261,7 +267,10 @@ def test_no_token_and_no_row():
         ({"key_mask": torch.ones(2, 19, dtype=torch.bool)}, r"key_mask must be \[B,T\] = \[2,20\]"),
         ({"is_causal": False}, "is_causal=False reads a window on either side and nothing else"),
         ({"chunk_size": 0}, "chunk_size=0 must be at least 1"),
-        ({"state": CompressedState.empty(2, 2, 16, 12, sliding_window=8, dtype=torch.float32, device="cpu")}, "state.window_key"),
+        (
+            {"state": CompressedState.empty(2, 2, 16, 12, sliding_window=8, dtype=torch.float32, device="cpu")},
+            "state.window_key",
+        ),
     ],
 )
 def test_bad_input(change, message):

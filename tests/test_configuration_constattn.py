@@ -20,7 +20,10 @@ MODELS = Path(__file__).resolve().parent.parent / "configuration/models"
         ({"num_slots": 0}, "num_slots=0 must be at least 1"),
         ({"conv_kernel_size": 0}, "conv_kernel_size=0 must be at least 1"),
         ({"block_type": "mamba"}, "block_type='mamba' is unknown; use one of default, heinsen"),
-        ({"mixer_types": ["full_attention"] * 12}, "'full_attention'; known are constant_attention, sliding_attention"),
+        (
+            {"mixer_types": ["full_attention"] * 12},
+            "'full_attention'; known are constant_attention, compressed_attention, sliding",
+        ),
         ({"mixer_types": ["constant_attention"]}, "names 1 layers, num_hidden_layers=12"),
         ({"mixer_types": ["sliding_attention"] * 12}, "sliding_window=None must be at least 1"),
         (
@@ -73,7 +76,9 @@ def test_round_trip_through_the_bare_base_class(tmp_path):
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, ConstAttnConfig)
     assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
-    assert loaded.layer_types == loaded.mixer_types == config.mixer_types
+    assert loaded.mixer_types == config.mixer_types
+    assert loaded.layer_types == ["constant_attention", "compressed_attention"]
+    assert loaded.rope_theta == loaded.rope_parameters["rope_theta"] == 5000
     assert "layer_types" not in json.loads((tmp_path / "config.json").read_text())
 
 

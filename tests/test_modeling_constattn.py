@@ -19,7 +19,12 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     DataCollatorWithFlattening,
+    LlamaConfig,
+    MistralConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
     StaticCache,
     TextIteratorStreamer,
     pipeline,
@@ -40,7 +45,15 @@ FAMILY = {
     },
     "wide": {"num_slots": 24, "head_dim": 10, "num_induction_heads": 1},
     "hybrid": HYBRID,
-    "window first": {"mixer_types": HYBRID["mixer_types"][::-1], "sliding_window": 8},
+    "compressed": {
+        "mixer_types": ["compressed_attention"] * 2,
+        "sliding_window": 6,
+        "num_kept_tokens": 3,
+        "num_sinks": 1,
+        "num_slots": 5,
+        "max_distance": 10,
+        "num_key_value_heads": 1,
+    },
     "heinsen": {"block_type": "heinsen"},
 }
 VOCAB = 97
@@ -51,8 +64,11 @@ def make_model(kind: str, **fields) -> ConstAttnForCausalLM:
     small = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = ConstAttnConfig(**(small | {"num_attention_heads": 4} | FAMILY[kind] | fields))
     model = ConstAttnForCausalLM(config).eval()
-    for parameter in model.parameters():  # away from the small initial weights, where every path looks alike
-        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    for (
+        name,
+        parameter,
+    ) in model.named_parameters():  # away from the small initial weights, where every path looks alike
+        parameter.data.add_(torch.randn_like(parameter) * 0.1 + 5.0 * name.endswith("slot_q.bias"))
     return model
 
 
@@ -150,26 +166,104 @@ def test_packed_documents_that_contradict_are_refused(ids, arguments, message):
 
 
 @torch.no_grad()
-def test_packed_and_cache_do_not_mix(ids):
-    positions = torch.cat([torch.arange(40), torch.arange(50)])[None].expand(2, -1)
-    assert make_model("default")(ids, position_ids=positions, use_cache=True).past_key_values is None
-    model = make_model("hybrid")
-    cache = model(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="cannot continue from a cache"):
-        model(ids, position_ids=positions, past_key_values=cache)
+def test_packed_documents_go_on_from_a_cache(model, ids):
+    """The first of them is the cache's; the cache then is of the last."""
+    past, new = ids[:1, :30], ids[:1, 30:80]
+    cache = model(past, use_cache=True).past_key_values
+    positions = torch.cat([torch.arange(30, 50), torch.arange(30)])[None]
+    packed = model(new, position_ids=positions, past_key_values=cache).logits
+    close(packed[:, :20], model(ids[:1, :50]).logits[:, 30:])
+    close(packed[:, 20:], model(new[:, 20:]).logits)
+
+
+SOURCES = {
+    "llama": (LlamaConfig, {}, {}),
+    "llama with biases": (
+        LlamaConfig,
+        {"attention_bias": True},
+        {"attention_bias": True, "attention_output_bias": True},
+    ),
+    "mistral": (MistralConfig, {"sliding_window": None}, {}),
+    "qwen2": (Qwen2Config, {}, {"attention_bias": True}),
+    "qwen3": (Qwen3Config, {"head_dim": 12}, {"use_qk_norm": True}),
+    "smollm3": (SmolLM3Config, {"no_rope_layers": [1, 0]}, {"use_rope": [True, False]}),
+    "linear": (LlamaConfig, {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, {}),
+    "dynamic": (LlamaConfig, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, {}),
+    "yarn": (
+        LlamaConfig,
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+        {},
+    ),
+    "llama3": (
+        LlamaConfig,
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+        {},
+    ),
+    "longrope": (
+        LlamaConfig,
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [1.5, 2.0, 3.0, 4.0],
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+        {},
+    ),
+}
 
 
 @torch.no_grad()
-def test_eager_window_attention_is_sdpa(ids):
-    model = make_model("hybrid")
-    expected = model(ids).logits
-    model.set_attn_implementation("eager")
-    output = model(ids, output_attentions=True, output_hidden_states=True)
-    close(output.logits, expected)
-    assert len(output.hidden_states) == 3
-    assert output.attentions[0].shape == (2, 4, 90, 90)
-    far = torch.arange(90)[:, None] - torch.arange(90) >= 8
-    assert (output.attentions[0][..., far] == 0).all()
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_window_as_long_as_the_text_is_the_model_of_transformers(ids, source):
+    config_class, fields, own = SOURCES[source]
+    fields = {"max_position_embeddings": 128} | fields
+    parameters = {"rope_theta": 1000.0, "rope_type": "default"} | fields.pop("rope_parameters", {})
+    shared = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+        "pad_token_id": None,
+    }
+    torch.manual_seed(0)
+    config = config_class(**shared, **fields, rope_parameters=dict(parameters))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    converted = ConstAttnForCausalLM(
+        ConstAttnConfig(
+            **shared,
+            **own,
+            mixer_types=["compressed_attention"] * 2,
+            sliding_window=128,
+            max_distance=128,
+            num_slots=0,
+            head_dim=getattr(config, "head_dim", None) or 8,
+            rope_parameters=dict(parameters),
+            rms_norm_eps=config.rms_norm_eps,
+        )
+    ).eval()
+    converted.load_state_dict(model.state_dict())
+    close(converted(ids).logits, model(ids).logits)
+    mask = torch.ones_like(ids)
+    mask[0, :30] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    expected = model(ids, attention_mask=mask, position_ids=positions).logits
+    close(converted(ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()])
 
 
 @torch.no_grad()
@@ -235,9 +329,9 @@ def test_bf16_autocast(model, ids):
         output = model(ids, labels=ids, use_cache=True)
     output.loss.backward()
     assert abs(output.loss.item() - expected.item()) < 0.05 * expected.item()
-    cache = output.past_key_values.layers[model.config.layer_types.index("constant_attention")]
-    assert cache.log_Z.dtype == torch.float64
-    assert cache.state.mean.dtype == torch.float32
+    for layer in output.past_key_values.layers:
+        assert layer.log_Z.dtype == torch.float64
+        assert layer.state.mean.dtype == torch.float32
 
 
 @torch.no_grad()
@@ -298,10 +392,14 @@ def test_generate_continues_from_a_returned_cache(model, ids):
     assert torch.equal(model.generate(text, past_key_values=first.past_key_values, **how), expected)
 
 
-@pytest.mark.parametrize("faster", [False, True], ids=["as loaded", "for the CPU"])
-def test_decode_step_compiles_once(ids, faster):
+ONE_LAYER = {"default": {}, "compressed": {"mixer_types": ["compressed_attention"]}}
+compiled_kinds = pytest.mark.parametrize("kind", ONE_LAYER)
+
+
+@pytest.mark.parametrize(("kind", "faster"), [("default", False), ("default", True), ("compressed", True)])
+def test_decode_step_compiles_once(ids, kind, faster):
     """One full graph, which neither the context's length nor a new prompt makes compile again."""
-    model = speed_up_cpu_inference(make_model("default", num_hidden_layers=1), faster)
+    model = speed_up_cpu_inference(make_model(kind, num_hidden_layers=1, **ONE_LAYER[kind]), faster)
     torch._dynamo.reset()
     expected = [model.generate(ids[:, :n], **GREEDY) for n in (4, 33)]
     counter = CompileCounterWithBackend("inductor")
@@ -318,8 +416,9 @@ def test_decode_step_compiles_once(ids, faster):
     assert counter.frame_count == 1
 
 
-def test_generate_with_a_compiled_forward(ids):
-    model = make_model("default", num_hidden_layers=1)
+@compiled_kinds
+def test_generate_with_a_compiled_forward(ids, kind):
+    model = make_model(kind, num_hidden_layers=1, **ONE_LAYER[kind])
     expected = [model.generate(ids[:, :n], **GREEDY) for n in (4, 33)]
     torch._dynamo.reset()
     # "eager" compiles nothing after the graph, which is what might break
@@ -328,8 +427,9 @@ def test_generate_with_a_compiled_forward(ids):
         assert torch.equal(model.generate(ids[:, :n], **GREEDY, cache_implementation="static"), sequence)
 
 
-def test_training_compiles_without_a_graph_break(ids):
-    model = make_model("default", num_hidden_layers=1)
+@compiled_kinds
+def test_training_compiles_without_a_graph_break(ids, kind):
+    model = make_model(kind, num_hidden_layers=1, **ONE_LAYER[kind])
     expected = gradients(model, ids, use_cache=False)
     torch._dynamo.reset()
     model.zero_grad()

@@ -150,10 +150,7 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
 
 def contents(cache):
     """Everything that a cache holds, to be compared bit for bit."""
-    tensors = [
-        layer.tensors if hasattr(layer, "tensors") else {"keys": layer.keys, "values": layer.values}
-        for layer in cache.layers
-    ]
+    tensors = [layer.tensors for layer in cache.layers]
     return [
         {
             name: (tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(torch.uint8).tolist())
@@ -236,14 +233,18 @@ TENSOR_FAULTS = {
     "another name": lambda tensors: tensors.update({"x": torch.zeros(1)}),
     "whole numbers": lambda tensors: tensors.update({"layers.0.log_Z": tensors["layers.0.log_Z"].long()}),
     "half precision": lambda tensors: tensors.update({"layers.0.mean": tensors["layers.0.mean"].bfloat16()}),
-    "complex": lambda tensors: tensors.update({"layers.1.keys": tensors["layers.1.keys"].to(torch.complex64)}),
+    "complex": lambda tensors: tensors.update(
+        {"layers.1.window_key": tensors["layers.1.window_key"].to(torch.complex64)}
+    ),
     "another shape": lambda tensors: tensors.update({"layers.0.mean": tensors["layers.0.mean"][..., :3].contiguous()}),
-    "another width": lambda tensors: tensors.update({"layers.1.keys": tensors["layers.1.keys"][:, :, 1:].clone()}),
+    "another width": lambda tensors: tensors.update(
+        {"layers.1.window_key": tensors["layers.1.window_key"][:, :, 1:].clone()}
+    ),
     "a row more": lambda tensors: tensors.update({"layers.0.conv": tensors["layers.0.conv"].repeat(2, 1, 1)}),
     "no rows": lambda tensors: tensors.update({name: tensor[:0].clone() for name, tensor in tensors.items()}),
     "NaN": lambda tensors: tensors["layers.0.mean"][1, 0, 0].fill_(float("nan")),
     "NaN in log Z": lambda tensors: tensors["layers.0.log_Z"][1, 0, 0].fill_(float("nan")),
-    "infinite": lambda tensors: tensors["layers.1.values"][1, 0, 0].fill_(float("-inf")),
+    "infinite": lambda tensors: tensors["layers.1.window_value"][1, 0, 0].fill_(float("-inf")),
     "infinite log Z": lambda tensors: tensors["layers.0.log_Z"][1, 0, 0].fill_(float("inf")),
     "behind too far": lambda tensors: tensors["behind"].fill_(21),
     "behind too little": lambda tensors: tensors["behind"].fill_(-1),
@@ -281,11 +282,11 @@ def test_header_entries_that_are_missing_or_no_such_thing_are_refused(saved, tmp
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_state_that_is_no_number_is_not_saved(tmp_path, number):
     model = make_model("hybrid")
-    for place in (lambda cache: cache.layers[0].tensors["mean"], lambda cache: cache.layers[1].keys):
+    for place in (lambda cache: cache.layers[0].tensors["mean"], lambda cache: cache.layers[1].tensors["window_key"]):
         cache = read(model, text(4))
         place(cache)[0, 0, 0, 0] = number
         with pytest.raises(
-            ValueError, match=r"the cache holds NaN or infinite numbers: 1 of layers\.[01]\.(mean|keys)"
+            ValueError, match=r"the cache holds NaN or infinite numbers: 1 of layers\.[01]\.(mean|window_key)"
         ):
             save_cache(cache, tmp_path / "state.safetensors", model)
     assert not list(tmp_path.iterdir())
@@ -311,7 +312,7 @@ def test_what_cannot_be_saved(tmp_path):
         save_cache(nobody, file, model)
     with pytest.raises(ValueError, match=r"the cache holds layers\.0\.\S+ as .*; in a cache of the model it is"):
         save_cache(cache, file, other)
-    with pytest.raises(ValueError, match=r"the cache lacks layers\.1\.keys"):
+    with pytest.raises(ValueError, match=r"the cache lacks layers\.1\.kept_key"):
         save_cache(cache, file, make_model("hybrid", num_slots=8))
     llama = LlamaForCausalLM(LlamaConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, vocab_size=8))
     with pytest.raises(ValueError, match="LlamaModel is no model of this family"):

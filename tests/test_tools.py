@@ -26,6 +26,15 @@ pytestmark = pytest.mark.filterwarnings("default")
 FAMILY = {
     "pure": {},
     "hybrid": {"mixer_types": ["constant_attention", "sliding_attention"], "sliding_window": 8},
+    "compressed": {
+        "mixer_types": ["compressed_attention"] * 2,
+        "sliding_window": 6,
+        "num_kept_tokens": 3,
+        "num_sinks": 1,
+        "num_slots": 5,
+        "max_distance": 10,
+        "num_key_value_heads": 2,
+    },
     "heinsen": {"block_type": "heinsen"},
 }
 kinds = pytest.mark.parametrize("kind", FAMILY)
@@ -35,8 +44,11 @@ def make_model(kind: str) -> ConstAttnForCausalLM:
     torch.manual_seed(0)
     small = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     model = ConstAttnForCausalLM(ConstAttnConfig(**small, num_attention_heads=4, **FAMILY[kind])).eval()
-    for parameter in model.parameters():  # away from the small initial weights, where every path looks alike
-        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    for (
+        name,
+        parameter,
+    ) in model.named_parameters():  # away from the small initial weights, where every path looks alike
+        parameter.data.add_(torch.randn_like(parameter) * 0.1 + 5.0 * name.endswith("slot_q.bias"))
     return model
 
 

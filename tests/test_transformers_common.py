@@ -198,13 +198,19 @@ class PureTest(ModelTests, unittest.TestCase):
 class HybridTest(
     ModelTests, tensor_parallel.TensorParallelTesterMixin, fsdp.FSDPTesterMixin, unittest.TestCase
 ):  # its two layers are all that a model of default blocks can have: what takes several processes runs on it alone
-    fields = {"mixer_types": ["constant_attention", "sliding_attention"], "sliding_window": 4, "num_slots": 12}
+    fields = {
+        "mixer_types": ["constant_attention", "compressed_attention"],
+        "sliding_window": 4,
+        "num_kept_tokens": 2,
+        "num_sinks": 1,
+        "num_slots": 12,
+        "num_key_value_heads": 2,
+        "use_qk_norm": True,
+    }
 
     test_fsdp2_plan_vs_ddp_0_untied = None  # the slowest of all, and the tied one is what this family is by default
 
-    @unittest.skip("wants attention weights of every layer; only the window layers have some")
-    def test_attention_outputs(self):
-        pass
+    has_attentions = False
 
 
 class HeinsenTest(ModelTests, tensor_parallel.TensorParallelTesterMixin, unittest.TestCase):

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, Trainer
 
-from modeling_constattn import ConstAttnCacheLayer
-
 
 class BlockTrainer(Trainer):
     """For causal language models: batches of "input_ids" and "labels" [B,T], without padding."""
@@ -59,7 +57,4 @@ class BlockTrainer(Trainer):
             }
             if self.detach_state:
                 for layer in cache.layers:
-                    if isinstance(layer, ConstAttnCacheLayer):
-                        layer.detach_()
-                    else:
-                        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+                    layer.detach_()

@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lib.equal_size import matching
 from modeling_constattn import ConstAttnConfig, ConstAttnForCausalLM, ConstAttnState, constant_attention
+from modeling_constattn.compressed_constattn import rotate
 from modeling_constattn.heinsen_constattn import _MAX_LOG_VALUE
-from modeling_constattn.modeling_constattn import ConstantAttention, _rotate
+from modeling_constattn.modeling_constattn import ConstantAttention
 
 
 @strict
@@ -241,11 +242,10 @@ def build(fields: dict[str, Any], parameters: int | None = None) -> Any:
 
 
 def rotated(x: Tensor, theta: float) -> Tensor:
-    """Rotary positions from 0 on, [B,H,T,K]."""
-    T, K = x.shape[-2:]
-    frequencies = theta ** (-torch.arange(0, K, 2, device=x.device) / K)
-    angles = torch.arange(T, device=x.device)[:, None] * frequencies  # [T,K/2]
-    return _rotate(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+    """Rotary positions 0, 1, … for x [B,H,T,K]."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    return rotate(x, torch.arange(x.shape[2], device=x.device), frequencies)
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, chunk_size: int = 64) -> Tensor:
@@ -289,9 +289,14 @@ def state_floats(fields: dict[str, Any]) -> tuple[int, int]:
     heads, slots, features = config.num_attention_heads, config.num_slots, config.head_dim
     key_heads = getattr(config, "key_heads", heads)
     constant = token = 0
-    for mixer_type in config.layer_types:
-        if mixer_type == "sliding_attention":
-            constant += 2 * config.sliding_window * heads * features
+    for mixer_type in config.mixer_types:
+        if mixer_type != "constant_attention":
+            is_compressed = mixer_type == "compressed_attention"
+            kept, slots_of = (config.num_kept_tokens, slots) if is_compressed else (0, 0)
+            of_a_head = (
+                (2 * config.sliding_window + 3 * kept + slots_of) * features + config.sliding_window + kept + slots_of
+            )
+            constant += config.num_key_value_heads * of_a_head
             continue
         if config.block_type == "default":
             widths = key_heads * slots * (3 if config.signed_read else 2) + heads * features

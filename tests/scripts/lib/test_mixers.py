@@ -206,7 +206,7 @@ def test_the_counted_state_is_the_caches(fields):
 def test_the_counted_state_of_softmax_and_windows():
     assert mixers.state_floats(BASE | {"mixer": "softmax", "conv_kernel_size": 1}) == (0, 2 * 2 * 32)
     window = {"mixer_types": ["constant_attention", "sliding_attention"], "sliding_window": 8}
-    assert mixers.state_floats(BASE | window)[0] == mixers.state_floats(BASE)[0] // 2 + 2 * 8 * 32
+    assert mixers.state_floats(BASE | window)[0] == mixers.state_floats(BASE)[0] // 2 + 2 * 8 * 32 + 8 * 2
 
 
 @pytest.mark.parametrize(
