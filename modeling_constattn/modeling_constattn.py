@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
@@ -352,6 +353,7 @@ class CompressedAttention(nn.Module):
         return output
 
 
+@_disable_current_modes()  # numbers, also where a model is built of fake tensors
 def rotary_frequencies(config: ConstAttnConfig) -> tuple[list[float], float]:
     """Radians per token of each feature pair, by Transformers' own functions, and what they multiply queries and keys by."""
     parameters = config.rope_parameters

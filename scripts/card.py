@@ -135,7 +135,7 @@ def sizes(config: Any, model_class: Any) -> tuple[int, int]:
         if not config.is_causal:
             return model.num_parameters(), 0
         base = getattr(model, model.base_model_prefix, model)
-        output = base(torch.zeros(1, config.sliding_window or 1, dtype=torch.long), use_cache=True)
+        output = base(torch.zeros(1, 1, dtype=torch.long), use_cache=True)
         return model.num_parameters(), cache_nbytes(output.past_key_values)
 
 
