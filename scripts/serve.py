@@ -1,6 +1,6 @@
 """Serves a model as OpenAI-compatible chat completions, and keeps conversations as states of constant size.
 
-    python scripts/serve.py runs/tiny
+    python scripts/serve.py runs/tiny                      # then open http://localhost:8000, or
     curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{
         "messages": [{"role": "user", "content": "Return the number of"}], "max_tokens": 40, "session_id": "new"}'
 
@@ -10,7 +10,7 @@ nothing (null, empty, false, OpenAI's default); what asks for something that is 
 "stream_options": {"continuous_usage_stats": true} each chunk of a stream has the usage so far, and so has the time in which a
 long prompt is read. `usage` also says `state_bytes`, the memory that the conversation takes.
 
-Further there are GET /v1/models, GET /health, and GET /metrics for Prometheus.
+Further there are GET /v1/models, GET /health, GET /metrics for Prometheus, and a page to look at: GET /.
 
 Sessions. Without `session_id` a request holds the whole conversation, as usual. With "session_id": "new" its state is kept, and the
 response (each chunk, when streaming) carries the `session_id` made for it. With that, a request holds only the messages since the

@@ -1,6 +1,7 @@
 """What goes wrong stays with the request that caused it, and no finished answer's state is lost."""
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
@@ -395,6 +396,18 @@ def test_half_requests_lock_nobody_out(http: httpx2.Client):
         finally:
             for half in halves:
                 half.close()
+
+
+def test_answers_that_nobody_reads_are_not_kept(http: httpx2.Client):
+    """Of many answers to one client who reads none, what the system's buffers hold is written, and then the connection ends."""
+    size = len(http.get("/").content)
+    with connect(http, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * (2**24 // size)) as connection:
+        time.sleep(2)
+        read = 0
+        with contextlib.suppress(ConnectionResetError):
+            while more := connection.recv(2**20):
+                read += len(more)
+    assert read < 2**24
 
 
 def test_a_stopping_server_finishes_its_answers_and_ends_what_takes_too_long(

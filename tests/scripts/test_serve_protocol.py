@@ -278,7 +278,7 @@ def test_the_key(constant: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                     assert refused.json()["error"]["code"] == "invalid_api_key"
                     assert refused.headers["WWW-Authenticate"] == "Bearer"
             assert (await http.post(URL, json=user("x"))).status_code == 401
-            for path in ("/health",):
+            for path in ("/", "/health"):
                 assert (await http.get(path)).status_code == 200
             key = {"Authorization": "Bearer sésame".encode()}
             assert (await http.post(URL, json=user("x"), headers=key)).status_code == 200

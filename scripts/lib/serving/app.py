@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -38,6 +39,10 @@ log = logging.getLogger("uvicorn.error")
 BODY_SECONDS = 30.0  # for a request's body to come
 LONG_BODY = 1 << 16  # bytes; requests beyond are prepared one at a time, so that the others find a thread
 ABSENT = ("completions", "embeddings", "responses", "moderations", "images/generations", "audio/speech")
+PAGE_POLICY = (  # the page asks this server alone, and is shown in no other
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -334,7 +339,13 @@ async def refuse(http: Request, error: Exception) -> Response:
 def build_app(options: argparse.Namespace) -> Starlette:
     """The application for `options` as serve.py reads them; its model is loaded at once, and it has it as `state.server`."""
     server = Server(options)
+    page = (Path(__file__).parent / "page.html").read_bytes()
+
+    async def show_page(http: Request) -> Response:
+        return Response(page, media_type="text/html", headers={"Content-Security-Policy": PAGE_POLICY})
+
     routes = [
+        Route("/", show_page),
         Route("/v1/chat/completions", server.chat, methods=["POST"]),
         Route("/v1/models", server.models),
         Route("/v1/models/{name:path}", server.model_by_name),
