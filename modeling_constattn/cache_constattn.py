@@ -32,9 +32,8 @@ STATE_DTYPES = (torch.float64, torch.float32)  # as inputs and device have it, s
 FLOAT_DTYPES = (*STATE_DTYPES, torch.bfloat16, torch.float16)  # as the model computes, or autocast
 
 _Cache = TypeVar("_Cache", bound=Cache)
-Expected = dict[
-    str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]
-]  # name: the shape of a row, and the dtypes it may have
+# What a layer remembers, by name: the shape of a row, and the dtypes it may have.
+Expected = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]
 
 
 class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):

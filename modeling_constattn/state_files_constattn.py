@@ -263,13 +263,15 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, str], bytes]:
         raise ValueError(f"'{path}' is a pipe or a device; a state file is a regular file")
     with path.open("rb") as file:
         start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if length > min(os.fstat(file.fileno()).st_size - 8, _MAX_HEADER):
+        length, size = int.from_bytes(start, "little"), os.fstat(file.fileno()).st_size
+        if length > min(size - 8, _MAX_HEADER):
             raise ValueError(f"'{path}' cannot be read: it is cut off or no safetensors file")
         head = file.read(length)
         try:
-            header = json.loads(head).get("__metadata__", {})
-        except (ValueError, AttributeError, RecursionError) as error:
+            table = json.loads(head)
+            header = table.pop("__metadata__", {})
+            end = max((entry["data_offsets"][1] for entry in table.values()), default=0)
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
             raise ValueError(f"'{path}' cannot be read: it is damaged or no safetensors file ({error})") from error
         if not isinstance(header, dict) or header.get("format") != _FORMAT:
             found = header.get("format") if isinstance(header, dict) else header
@@ -288,6 +290,8 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, str], bytes]:
             raise ValueError(f"'{path}' is damaged: its header lacks {sorted(missing)}")
         if strange := [name for name, value in header.items() if not isinstance(value, str)]:
             raise ValueError(f"'{path}' is damaged: {sorted(strange)} of its header are no strings")
+        if size != 8 + length + end:
+            raise ValueError(f"'{path}' is cut off or damaged: it has {size:,} bytes, by its header {8 + length + end}")
         rest = file.read()
     digest = hashlib.sha256(start)
     digest.update(head.replace(_entry(header["sha256"]), _entry(_NO_DIGEST)))
@@ -395,6 +399,10 @@ def _parts(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         for name, value in own.items():
             for leaf in tree_leaves(value):
                 yield name, leaf
+        if empty := [
+            name for name, weight in module.named_parameters(prefix[:-1], recurse=False) if not weight.numel()
+        ]:
+            raise ValueError(f"the weights of {empty[0]} lie elsewhere, distributed: whose state it is cannot be told")
     for name, child in module.named_children():
         yield from _parts(child, prefix if name == "_orig_mod" else f"{prefix}{name}.")  # torch.compile's wrapper
 

@@ -29,6 +29,7 @@ from modeling_constattn import (
     cache_nbytes,
     check_cache_path,
     load_cache,
+    merge_caches,
     model_fingerprint,
     read_cache_header,
     row_lengths,
@@ -219,8 +220,24 @@ def test_bytes_that_are_cut_off_added_or_overwritten_are_noticed(saved, tmp_path
     nested = b"[" * 100_000
     assert is_refused(saved, file, len(nested).to_bytes(8, "little") + nested)
     assert is_refused(saved, file, (2**63).to_bytes(8, "little") + saved.bytes[8:])
-    for head in (b"{}", b"[]", b'{"__metadata__": []}', b'{"__metadata__": {"format": {}}}'):
+    for head in (b"{}", b"[]", b'{"__metadata__": []}', b'{"__metadata__": {"format": {}}}', b'{"x": 1}', b'{"x": {}}'):
         assert is_refused(saved, file, len(head).to_bytes(8, "little") + head)
+
+
+def test_a_file_takes_no_more_memory_than_it_has_bytes(saved, tmp_path):
+    """Neither where its header lies about shapes, nor where it says that there is more behind."""
+    file, length = tmp_path / "state.safetensors", int.from_bytes(saved.bytes[:8], "little")
+    table, header = json.loads(saved.bytes[8 : 8 + length]), read_header(saved.bytes)
+    table["layers.0.mean"]["shape"][0] = 10**12
+    table["__metadata__"] = header | {"sha256": "0" * 64}
+    head = json.dumps(table, separators=(",", ":")).encode()
+    lie = len(head).to_bytes(8, "little") + head + saved.bytes[8 + length :]
+    lie = lie.replace(b'"' + b"0" * 64 + b'"', f'"{hashlib.sha256(lie).hexdigest()}"'.encode(), 1)
+    assert is_refused(saved, file, lie)
+    file.write_bytes(saved.bytes)
+    os.truncate(file, 2**40)  # of zeros that are nowhere on the disk
+    with pytest.raises(ValueError, match="it has 1,099,511,627,776 bytes, by its header"):
+        load_cache(file, saved.model)
 
 
 TENSOR_FAULTS = {
@@ -485,7 +502,7 @@ def test_a_file_has_the_permissions_of_any_new_file(tmp_path):
 
 
 def test_the_fingerprint_sees_every_number_of_every_weight():
-    model = make_model("hybrid")
+    model = make_model("hybrid", vocab_size=4096)
     fingerprint, generator = model_fingerprint(model), random.Random(0)
     assert model_fingerprint(copy.deepcopy(model).model) == fingerprint
     for name, weight in model.model.named_parameters():
@@ -497,7 +514,7 @@ def test_the_fingerprint_sees_every_number_of_every_weight():
             flat[place] = before
     assert model_fingerprint(model) == fingerprint
     rows = model.model.embed_tokens.weight.data
-    rows[[3, 50]] = rows[[50, 3]]
+    rows[[3, 2051]] = rows[[2051, 3]]
     assert model_fingerprint(model) != fingerprint
 
 
@@ -515,6 +532,36 @@ def test_the_fingerprint_does_not_see_what_changes_no_state():
     assert model_fingerprint(model) == fingerprint
     model.lm_head = nn.Linear(32, 64)
     assert model_fingerprint(model) == fingerprint
+
+
+def test_weights_that_are_not_there_are_said_so():
+    model = make_model("default")
+    model.model.layers[1].mixer.q_proj.weight.data = torch.empty(0)  # as DeepSpeed and FSDP leave it between two uses
+    with pytest.raises(ValueError, match=r"the weights of layers\.1\.mixer\.q_proj\.weight lie elsewhere, distributed"):
+        model_fingerprint(model)
+    with pytest.raises(
+        ValueError, match=r"weights of embed_tokens\.weight are on the meta device and nothing loads them"
+    ):
+        model_fingerprint(make_model("default").to("meta"))
+
+
+@pytest.mark.parametrize("inference", ["save", "load", "both"])
+def test_caches_of_inference_mode(member, tmp_path, inference):
+    """Made by it and saved outside of it, or read within it and gone on with outside; also stacked, split and merged."""
+    file, ids = tmp_path / "state.safetensors", text(9)
+    with torch.inference_mode(inference != "load"):
+        cache = member(text(12), use_cache=True).past_key_values
+    save_cache(cache, file, member)
+    with torch.inference_mode(inference != "save"):
+        loaded = load_cache(file, member)
+        (again,) = split_cache(stack_caches([loaded]))
+        merged = merge_caches([loaded, again])
+    assert contents(loaded) == contents(again) == contents(cache)
+    expected = continued(member, read(member, text(12)), ids)
+    assert torch.equal(continued(member, loaded, ids), expected)
+    assert torch.equal(continued(member, split_cache(stack_caches([loaded]))[0], ids), expected)
+    assert continued(member, merged, ids).isfinite().all()
+    member(ids, past_key_values=loaded).logits.sum().backward()
 
 
 def lora(model, seed=5, name="default", **options):
@@ -618,8 +665,6 @@ def test_offloaded_weights_are_read_where_they_lie(tmp_path, where):
     if where == "cpu":
         offloaded.model.norm._hf_hook.weights_map["weight"].add_(1e-3)
         assert model_fingerprint(offloaded) != model_fingerprint(model)
-    with pytest.raises(ValueError, match=r"weights of \S+ are on the meta device and nothing loads them"):
-        model_fingerprint(model.to("meta"))
 
 
 def quantised_by_torchao(model):
