@@ -49,6 +49,7 @@ from modeling_constattn import ConstAttnConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 METHOD = "".join((__doc__ or "").partition("How it is measured")[1:]).strip()
+QUICK_LENGTHS = (32, 128)
 MEASUREMENTS: dict[str, Measurement] = {
     "op": op.MEASUREMENT,
     "prefill": prefill.MEASUREMENT,
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> Results:
     settings = {"model": options.model.resolve().name, "quick": options.quick}
     for command in MEASUREMENTS if options.command == "all" else [options.command]:
         measurement = MEASUREMENTS[command]
-        lengths = options.lengths or (measurement.quick_lengths if options.quick else measurement.lengths)
+        lengths = options.lengths or (QUICK_LENGTHS if options.quick else measurement.lengths)
         facts = environment(options.bench) | settings
         result = {"command": command, "environment": facts} | measurement.measure(options.bench, config, lengths)
         with staged_file(options.output / f"{command}.json") as file:
@@ -87,9 +88,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("command", choices=[*MEASUREMENTS, "all"], metavar="|".join([*MEASUREMENTS, "all"]))
     parser.add_argument("--lengths", type=lengths_argument, help="tokens, for example 256,1024; default: by subcommand")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, else float32"
-    )
+    dtypes = ["float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", choices=dtypes, help="default: bfloat16 on cuda, else float32")
     parser.add_argument("--model", type=Path, help="folder of a config.json (default: configuration/models/125m)")
     parser.add_argument("--rounds", type=int, default=9, help="runs per row, fewer where they are long (%(default)s)")
     parser.add_argument("--budget", type=float, default=240.0, help="most seconds of one contender's row (%(default)s)")

@@ -35,7 +35,7 @@ from lib import training
 from lib.checkpoints import load_config, load_model
 from lib.environment import versions
 from lib.equal_size import matching, parameter_count
-from lib.page import Block, Table, markdown, to_json, write_page
+from lib.page import Block, Table, by_column, markdown, to_json, write_page
 from lib.tasks import TASKS
 from lib.timing import Bench, Call, take_turns, timed, timed_row
 from transformers import AutoModelForMaskedLM, ModernBertConfig
@@ -46,13 +46,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "configuration/training/tiny-masked.yaml"
 FORGETTING, TOTALS, SLIDING, SOFTMAX, UNIGRAM = "forgetting", "totals", "sliding 1:1", "softmax", "unigram"
 WINDOW = 64  # tokens on either side that a sliding layer sees
-QUICK = [
-    "block_size=32",
-    "training.max_steps=4",
-    "training.warmup_steps=1",
-    "training.per_device_train_batch_size=4",
-    "training.per_device_eval_batch_size=32",
-]
+QUICK = ["block_size=32", "training.max_steps=4", "training.warmup_steps=1"]
+QUICK += ["training.per_device_train_batch_size=4", "training.per_device_eval_batch_size=32"]
 QUICK_MODEL = ConstAttnConfig(
     is_causal=False, vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
 )
@@ -60,14 +55,9 @@ QUICK_MODEL = ConstAttnConfig(
 
 def main(arguments: list[str] | None = None) -> dict:
     options = parse(arguments)
-    overrides = {
-        "data": options.docs / "train.jsonl",
-        "eval_data": options.docs / "heldout.jsonl",
-        "training.output_dir": options.work,
-    }
-    run = training.read_run(
-        RUN, [f"{key}={value}" for key, value in overrides.items()] + (QUICK if options.quick else [])
-    )
+    own = {"data": options.docs / "train.jsonl", "eval_data": options.docs / "heldout.jsonl"}
+    overrides = [f"{key}={value}" for key, value in (own | {"training.output_dir": options.work}).items()]
+    run = training.read_run(RUN, overrides + (QUICK if options.quick else []))
     if options.steps:
         run.training["max_steps"] = options.steps
     args, _ = training.training_arguments(run)
@@ -154,35 +144,33 @@ def rates(text: str) -> list[float]:
 def equal_models(base: ConstAttnConfig, length: int) -> dict[str, Any]:
     """The config of each contender, with the MLP width that brings it closest to base's number of parameters."""
 
-    def ours(**fields: Any) -> Callable[[int], Any]:
-        return lambda width: type(base).from_dict(base.to_dict() | fields | {"intermediate_size": width})
+    def ours(**fields: Any) -> Any:
+        return type(base).from_dict(base.to_dict() | fields)
 
     layers = base.num_hidden_layers
     halves = [("constant_attention", "sliding_attention")[layer % 2] for layer in range(layers)]
-    recipes = {
-        FORGETTING: ours(),
-        TOTALS: ours(use_forget_gate=False),
-        SLIDING: ours(mixer_types=halves, sliding_window=WINDOW),
-        SOFTMAX: lambda width: ModernBertConfig(
-            vocab_size=base.vocab_size,
-            hidden_size=base.hidden_size,
-            intermediate_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=base.num_attention_heads,
-            layer_types=["full_attention"] * layers,
-            rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": base.rope_theta}},
-            max_position_embeddings=length,
-            pad_token_id=base.pad_token_id,
-            bos_token_id=None,
-            eos_token_id=None,
-            cls_token_id=None,
-            sep_token_id=None,
-        ),
+    softmax = partial(
+        ModernBertConfig,
+        vocab_size=base.vocab_size,
+        hidden_size=base.hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=base.num_attention_heads,
+        layer_types=["full_attention"] * layers,
+        rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": base.rope_theta}},
+        max_position_embeddings=length,
+        pad_token_id=base.pad_token_id,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")),
+    )
+    recipes: dict[str, Callable[..., Any]] = {
+        FORGETTING: ours,
+        TOTALS: partial(ours, use_forget_gate=False),
+        SLIDING: partial(ours, mixer_types=halves, sliding_window=WINDOW),
+        SOFTMAX: softmax,
     }
-    target = parameter_count(base, AutoModelForMaskedLM)
+    target, widths = parameter_count(base, AutoModelForMaskedLM), range(4, 2**20, 4)
     try:
         return {
-            name: matching(target, [recipe], range(4, 2**20, 4), f"model '{name}'", AutoModelForMaskedLM)
+            name: matching(target, [recipe], "intermediate_size", widths, f"model '{name}'", AutoModelForMaskedLM)
             for name, recipe in recipes.items()
         }
     except ValueError as error:
@@ -208,8 +196,7 @@ def trained(name: str, config: Any, rate: float, run: training.Run, work: Path) 
         print(f"{folder} is there and used again; to train it anew: rm -r {folder}")
         return folder / "model"
     config.save_pretrained(folder / "config")
-    (folder / "run.yaml").write_text(yaml.safe_dump(keys))
-    training.train(training.read_run(folder / "run.yaml", []))
+    training.train(own)
     file.write_text(settings)
     return folder / "model"
 
@@ -247,17 +234,18 @@ def forward_runs(models: dict[str, Any], length: int, rounds: int) -> dict[str, 
 
 
 def page(result: dict) -> list[Block]:
+    def cell(key: str, form: str) -> Callable[[dict], str]:
+        return lambda row: form.format(row[key]) if key in row else ""
+
+    columns = {
+        "model": cell("model", "{}"),
+        "parameters": cell("parameters", "{:,}"),
+        "held-out loss, nats per hidden token": cell("loss", "{:.3f}"),
+        "learning rate": cell("learning_rate", "{:g}"),
+        f"forward at T = {result['length']:,}": cell("forward_seconds", "{:.3g} s"),
+        "times as fast as softmax": cell("times_faster_than_softmax", "{:.2f}"),
+    }
     models = [row for row in result["rows"] if "losses" in row]
-    unigram = [[row["model"], "", f"{row['loss']:.3f}", "", "", ""] for row in result["rows"] if "losses" not in row]
-    rows = [
-        [
-            *(row["model"], f"{row['parameters']:,}", f"{row['loss']:.3f}", f"{row['learning_rate']:g}"),
-            *(f"{row['forward_seconds']:.3g} s", f"{row['times_faster_than_softmax']:.2f}"),
-        ]
-        for row in models
-    ]
-    header = ["model", "parameters", "held-out loss, nats per hidden token", "learning rate"]
-    header += [f"forward at T = {result['length']:,}", "times as fast as softmax"]
     rates = [f"{float(rate):g}" for rate in models[0]["losses"]]
     by_rate = [[row["model"], *(f"{loss:.3f}" for loss in row["losses"].values())] for row in models]
     return [
@@ -268,7 +256,7 @@ def page(result: dict) -> list[Block]:
         f"{result['mlm_probability']:.0%} hidden; loss over {result['held_out_hidden_tokens']:,} hidden tokens of held-out "
         f"text, one seed. Forward on {result['threads']} threads, without the head, "
         f"median of {result['rounds']}; softmax attention is `{result['softmax_implementation']}`.",
-        Table("", header, [*rows, *unigram]),
+        by_column("", result["rows"], columns),
         Table("Held-out loss by learning rate", ["model", *rates], by_rate),
     ]
 

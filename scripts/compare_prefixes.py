@@ -33,9 +33,8 @@ CONDITIONS = {
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", help="folders or Hub ids of models of this family")
-    parser.add_argument(
-        "--data", nargs="+", required=True, help="text files, folders, .jsonl, .parquet or Hub dataset ids"
-    )
+    sources = "text files, folders, .jsonl, .parquet or Hub dataset ids"
+    parser.add_argument("--data", nargs="+", required=True, help=sources)
     parser.add_argument("--half", type=int, nargs="+", default=[64, 256], help="tokens of each half (%(default)s)")
     parser.add_argument("--continuation", type=int, default=64, help="tokens that are scored (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("model_cards/reports/state"), help="folder (%(default)s)")

@@ -25,9 +25,7 @@ LENGTHS = (100, 1_000, 10_000)  # tokens in the cache
 
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "checkpoint", type=Path, help="folder that train.py wrote, with the evaluation.json of evaluate.py"
-    )
+    parser.add_argument("checkpoint", type=Path, help="folder of train.py, with the evaluation.json of evaluate.py")
     parser.add_argument("docs", type=Path, help="folder that python_docs.py wrote")
     options = parser.parse_args(arguments)
 

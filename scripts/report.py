@@ -36,11 +36,10 @@ from lib.report.contenders import KINDS
 from lib.report.cost import cost
 from lib.report.decision import CRITERIA, SETTINGS, decide
 from lib.report.numerics import numerics
-from lib.report.plan import QUICK, Plan
 from lib.report.proof_page import write_report
 from lib.report.quality import held_out_blocks, quality
 from lib.report.text import read_text
-from lib.report.work import Work
+from lib.report.work import QUICK, Plan, Work
 from lib.timing import Bench
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,16 +84,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("data", nargs="*", help="text files, folders, .jsonl, .parquet or Hub dataset ids")
     parser.add_argument("--model", type=Path, help="folder of a config.json (default: configuration/models/tiny)")
     parser.add_argument("--criteria", type=Path, default=ROOT / "configuration/report/criteria.yaml", help="YAML file")
-    parser.add_argument(
-        "--price-per-hour", type=float, help="of this machine, in any currency: adds prices to the costs"
-    )
+    parser.add_argument("--price-per-hour", type=float, help="of this machine, in any currency: adds prices to costs")
     parser.add_argument("--steps", type=int, help=f"of each training ({Plan.steps})")
     parser.add_argument("--seeds", type=int, help=f"of each contender ({Plan.seeds})")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="folder (default: runs/proof_of_concept; of the quickstart's text and tiny: model_cards/reports/proof_of_concept)",
-    )
+    own = "runs/proof_of_concept; of the quickstart's text and tiny: model_cards/reports/proof_of_concept"
+    parser.add_argument("--output", type=Path, help=f"folder (default: {own})")
     parser.add_argument("--work", type=Path, help="folder for measurements and models (default: runs/report)")
     parser.add_argument("--quick", action="store_true", help="tiny models, few steps, into runs/quick_report")
     options = parser.parse_args(arguments)
@@ -107,8 +101,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--price-per-hour is {options.price_per_hour}; it is above 0")
     quick = ROOT / "runs/quick_report"
     if options.output is None:  # the report in model_cards/ is that of the shipped model on the quickstart's text
-        own = ROOT / "runs/proof_of_concept" if options.data or options.model else REPORT
-        options.output = quick if options.quick else own
+        folder = ROOT / "runs/proof_of_concept" if options.data or options.model else REPORT
+        options.output = quick if options.quick else folder
     options.work = options.work or (quick / "work" if options.quick else ROOT / "runs/report")
     options.model = None if options.quick else options.model or ROOT / "configuration/models/tiny"
     return options

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from lib.checkpoints import load_model, load_tokenizer
-from lib.criteria import Criterion, Figure, amount, judge, read_thresholds, verdict
+from lib.criteria import Criterion, Figure, amount, judge, middle_half, read_thresholds, verdict
 from lib.documents import load_documents, source_names, start_token_id
 from lib.page import Block, Table, digits, finite, markdown, to_json
 from lib.staging import staged_file
@@ -82,10 +82,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "device": device,
         "sides": sides(rows),
         "figures": {name: figure._asdict() for name, figure in figures.items()},
-        "criteria": {
-            name: {"limit": judgement.limit, "passed": judgement.passed, "close": judgement.is_close}
-            for name, judgement in judgements.items()
-        },
+        "criteria": {name: judgement.result for name, judgement in judgements.items()},
         "verdict": verdict(list(judgements.values())),
     }
     print(markdown(page(result)), end="")
@@ -156,49 +153,45 @@ def check_room(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) ->
 # ------------------------------------------------------------------------------------------------------------- measuring
 
 
+class Side:
+    """One of the models, while it reads a prompt and makes new tokens."""
+
+    def __init__(self, model: Any, vocabulary: int):
+        self.model, self.vocabulary, self.cache = model, vocabulary, None
+
+    def read(self, tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Logits [T,vocabulary] after each of the tokens [1,T], and seconds."""
+        outputs: list[Any] = []
+        call = partial(self.model, input_ids=tokens, past_key_values=self.cache, use_cache=True)
+        seconds = timed(lambda: outputs.append(call()), self.model.device.type)
+        self.cache = outputs[0].past_key_values
+        return outputs[0].logits[0, :, : self.vocabulary].float(), seconds
+
+
 @torch.inference_mode()
 def compare(candidate: Any, incumbent: Any, prompt: Sequence[int], new_tokens: int, vocabulary: int) -> dict:
     """What one prompt shows: sums over its tokens, and times of the tokens that are made after it."""
     tokens = torch.tensor([prompt], device=candidate.device)
-    row: dict[str, Any] = dict.fromkeys(("candidate_nll", "incumbent_nll", "divergence", "agreed", "nonfinite"), 0.0)
-    row |= {"tokens": len(prompt) - 1, "logits": (len(prompt) - 1) * vocabulary}
-    caches: dict[str, Any] = {"candidate": None, "incumbent": None}
-    models = {"candidate": candidate, "incumbent": incumbent}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    read = dict.fromkeys(models, 0.0)
-
-    def step(name: str, part: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """logits [T,vocabulary] and seconds."""
-        outputs: list[Any] = []
-        read = partial(models[name], input_ids=part, past_key_values=caches[name], use_cache=True)
-        took = timed(lambda: outputs.append(read()), candidate.device.type)
-        caches[name] = outputs[0].past_key_values
-        return outputs[0].logits[0, :, :vocabulary].float(), took
-
+    sides = {"candidate": Side(candidate, vocabulary), "incumbent": Side(incumbent, vocabulary)}
+    sums = dict.fromkeys(("candidate_nll", "incumbent_nll", "divergence", "agreed", "nonfinite"), 0.0)
+    read, made = dict.fromkeys(sides, 0.0), {name: [0.0] * new_tokens for name in sides}
+    logits = {}
     for first in range(0, len(prompt), CHUNK):
-        part, targets = tokens[:, first : first + CHUNK], tokens[0, first + 1 : first + 1 + CHUNK]
-        logits = {}
-        for name in models:
-            logits[name], took = step(name, part)
-            read[name] += took
-        last = logits["incumbent"][-1]
-        if len(targets):
-            add_tokens(row, logits["candidate"][: len(targets)], logits["incumbent"][: len(targets)], targets)
-    for _ in range(new_tokens):
-        token = last.argmax()[None, None]
-        for name in models:
-            step_logits, took = step(name, token)
-            seconds[name].append(took)
-        last = step_logits[-1]  # of the incumbent, which comes second
-    return row | {
-        f"{name}_{quantity}": value
-        for name in models
-        for quantity, value in (
-            ("read_seconds", read[name]),
-            ("token_seconds", statistics.median(seconds[name])),
-            ("cache_bytes", cache_nbytes(caches[name])),
-        )
-    }
+        targets = tokens[0, first + 1 : first + 1 + CHUNK]
+        for name, side in sides.items():
+            logits[name], seconds = side.read(tokens[:, first : first + CHUNK])
+            read[name] += seconds
+        if n := len(targets):
+            add_tokens(sums, logits["candidate"][:n], logits["incumbent"][:n], targets)
+    for number in range(new_tokens):
+        token = logits["incumbent"][-1].argmax()[None, None]
+        for name, side in sides.items():
+            logits[name], made[name][number] = side.read(token)
+    row: dict[str, Any] = sums | {"tokens": len(prompt) - 1, "logits": (len(prompt) - 1) * vocabulary}
+    for name, side in sides.items():
+        row |= {f"{name}_read_seconds": read[name], f"{name}_token_seconds": statistics.median(made[name])}
+        row[f"{name}_cache_bytes"] = cache_nbytes(side.cache)
+    return row
 
 
 def add_tokens(row: dict, candidate: torch.Tensor, incumbent: torch.Tensor, targets: torch.Tensor) -> None:
@@ -221,12 +214,11 @@ def summarise(rows: list[dict]) -> dict[str, Figure]:
 
     longest = max(rows, key=lambda row: row["tokens"])
     ratios = [row["candidate_token_seconds"] / row["incumbent_token_seconds"] for row in rows]
-    low, high = np.quantile(ratios, (0.25, 0.75)).tolist()
     return {
         "loss_gap": per_token(lambda row: row["candidate_nll"] - row["incumbent_nll"]),
         "divergence": per_token(lambda row: row["divergence"]),
         "agreement": per_token(lambda row: 100 * row["agreed"]),
-        "latency": Figure(statistics.median(ratios), low, high, f"middle half of {len(rows)} prompts"),
+        "latency": middle_half(ratios, "prompts"),
         "cache": Figure(longest["candidate_cache_bytes"] / longest["incumbent_cache_bytes"], of="counted"),
         "nonfinite": Figure(
             100 * sum(row["nonfinite"] for row in rows) / sum(row["logits"] for row in rows), of="counted"

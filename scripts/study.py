@@ -37,9 +37,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="+", type=Path, help="YAML files")
     parser.add_argument("--output", type=Path, default=ROOT / "model_cards/reports/quality")
-    parser.add_argument(
-        "--tables", action="store_true", help="train nothing: tables and plots of the results that are there"
-    )
+    parser.add_argument("--tables", action="store_true", help="train nothing: tables and plots of what is there")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time, which share the cores (%(default)s)")
     options = parser.parse_args(arguments)
     if options.workers < 1:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from lib.runs import read_mapping
 
 
@@ -30,6 +32,12 @@ class Figure(NamedTuple):
     low: float | None = None
     high: float | None = None
     of: str = ""
+
+
+def middle_half(values: Sequence[float], of: str) -> Figure:
+    """The median, its spread from the first to the third quartile."""
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    return Figure(middle, low, high, f"middle half of {len(values)} {of}")
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,10 @@ class Judgement:
     @property
     def limit(self) -> str:
         return f"{'≤' if self.at_most else '≥'} {amount(self.threshold, self.unit)}"
+
+    @property
+    def result(self) -> dict:
+        return {"limit": self.limit, "passed": self.passed, "close": self.is_close}
 
 
 def amount(number: float, unit: str) -> str:

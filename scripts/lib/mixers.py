@@ -236,8 +236,9 @@ def build(fields: dict[str, Any], parameters: int | None = None) -> Any:
     config = config_of(fields)
     if parameters is not None:
         has_mlp = config.block_type == "default"
-        recipe = lambda width: config_of(fields | ({"intermediate_size": width} if has_mlp else {}))  # noqa: E731
-        config = matching(parameters, [recipe], range(4, 2**20, 4), f"model of {fields}, whatever its MLP's width,")
+        recipe = lambda **width: config_of(fields | width) if has_mlp else config  # noqa: E731
+        what = f"model of {fields}, whatever its MLP's width,"
+        config = matching(parameters, [recipe], "intermediate_size", range(4, 2**20, 4), what)
     return AutoModelForCausalLM.from_config(config)
 
 

@@ -9,7 +9,7 @@ A page is a list of blocks. A str is one or more paragraphs, headings or lists a
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,14 @@ class Table(NamedTuple):
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     figures: bool = False  # all columns but the first hold figures, which stand to the right
+
+
+def by_column(
+    caption: str, items: Iterable[Any], columns: Mapping[str, Callable[[Any], str]], figures: bool = False
+) -> Table:
+    """A row for each item. columns: heading → (item) → cell."""
+    rows = [[cell(item) for cell in columns.values()] for item in items]
+    return Table(caption, list(columns), rows, figures)
 
 
 class Plot(NamedTuple):

@@ -17,17 +17,8 @@ from typing import Any
 from lib.staging import staged
 
 # Tests and fixtures, two programs without a documented interface, and what is not the standard library.
-SKIPPED = {
-    "test",
-    "tests",
-    "idlelib",
-    "idle_test",
-    "lib2to3",
-    "turtledemo",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-}
+SKIPPED = {"test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo"}
+SKIPPED |= {"site-packages", "dist-packages", "__pycache__"}
 HELD_OUT = 12  # one source file in this many
 MIN_DOCSTRINGS = 100  # of a package that the classifier is to know
 

@@ -1,16 +1,18 @@
 import json
 import re
 import statistics
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 
 pytest.importorskip("matplotlib", reason="the plots need matplotlib: pip install -e '.[report]'")
 
 import benchmark
-from lib.benchmark import decode, memory, models, op, prefill, train
+from lib.benchmark import cost_page, decode, memory, models, op, prefill, train
 from lib.benchmark.results import Results, read_results, series
 from lib.timing import MIN_ROUNDS
 
@@ -21,9 +23,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is dep
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results of every subcommand, quickly."""
+    """The results of every subcommand, quickly: graphs are captured, but not compiled, as in lib/benchmark's tests."""
     folder = tmp_path_factory.mktemp("cost") / "new"
-    benchmark.main(["all", "--quick", "--device", "cpu", "--lengths", str(LENGTH), "--output", str(folder)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+        benchmark.main(["all", "--quick", "--device", "cpu", "--lengths", str(LENGTH), "--output", str(folder)])
     return folder
 
 
@@ -113,7 +117,10 @@ def test_the_report(output: Path, results: Results):
     views = [view for measurement in benchmark.MEASUREMENTS.values() for view in measurement.views]
     for view in views:
         assert f"## {view.title}" in text
-        assert view.note in text
+    notes = yaml.safe_load(cost_page.NOTES.read_text(encoding="utf-8"))
+    groups = {command: {view.group for view in it.views} for command, it in benchmark.MEASUREMENTS.items()}
+    for command, by_group in notes.items():
+        assert by_group.keys() <= groups[command] and all(note in text for note in by_group.values())
     assert len(plots) == sum(bool(view.peer) for view in views)
     assert all((output / plot).read_bytes().startswith(b"\x89PNG") for plot in plots)
     contenders = {row["contender"] for result in results.values() for row in result["rows"]}

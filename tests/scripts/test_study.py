@@ -110,27 +110,25 @@ def test_a_cell_that_fails_leaves_the_others(tmp_path: Path, capfd: pytest.Captu
     assert [row["mixer"] for row in results(tmp_path)] == ["ours"]
 
 
-def test_workers_end_with_a_study_that_is_killed(tmp_path: Path):
-    file = write(tmp_path, small_study(task={"steps": 10_000_000}))
-    command = [sys.executable, study.__file__, file, "--output", str(tmp_path / "out"), "--workers", "2"]
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) as parent:
-        try:
-            while (
-                len(children := psutil.Process(parent.pid).children()) < 3
-            ):  # two workers, and what tracks their locks
-                assert parent.poll() is None
-                time.sleep(0.1)
-        finally:
-            parent.kill()
-    assert not psutil.wait_procs(children, timeout=120)[1]
-
-
-def test_workers_give_the_same_results(tmp_path: Path):
+def test_workers_give_the_same_results_and_end_with_a_study_that_is_killed(tmp_path: Path):
     alone = run(tmp_path, small_study())
     (tmp_path / "out/results.jsonl").unlink()
-    study.main([write(tmp_path, small_study()), "--output", str(tmp_path / "out"), "--workers", "2"])
+    content = small_study()
+    content["tasks"]["endless"] = content["tasks"]["recall"] | {"steps": 20_000}
+    content["grid"][0]["tasks"].append("endless")
+    command = [sys.executable, study.__file__, write(tmp_path, content), "--output", str(tmp_path / "out")]
+    with subprocess.Popen([*command, "--workers", "2"], env=os.environ | {"PYTHONPATH": str(ROOT)}) as parent:
+        try:
+            while not (tmp_path / "out/results.jsonl").is_file() or len(results(tmp_path)) < 2:
+                assert parent.poll() is None
+                time.sleep(0.1)
+            children = psutil.Process(parent.pid).children()
+        finally:
+            parent.kill()
+    assert len(children) == 3  # two workers, and what tracks their locks
     together = sorted(results(tmp_path), key=lambda row: row["mixer"])
     assert [(row["mixer"], row["test"]) for row in alone] == [(row["mixer"], row["test"]) for row in together]
+    assert not psutil.wait_procs(children, timeout=120)[1]
 
 
 def test_training_learns(tmp_path: Path):

@@ -3,14 +3,18 @@
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lib.benchmark import decode, models, op, prefill
-from lib.benchmark.results import Measurement, Results, View, crossover, ratios, series
+from lib.benchmark.results import QUANTITIES, Measurement, Results, View, crossover, ratios, series
 from lib.benchmark.targets import targets_table
 from lib.page import Block, Plot, Table, digits
 from lib.plots import Figure, plain_log_ticks, saved
 
+NOTES = Path(__file__).resolve().parents[3] / "configuration/report/cost_notes.yaml"
 BOUNDS = (op.PRODUCTS, decode.READING, decode.PROJECTING)
 COLOURS = {  # of contenders; others take those of OTHERS
     **dict.fromkeys((op.OURS, models.MODEL), "#c0392b"),
@@ -35,10 +39,13 @@ def cost_page(results: Results, measurements: Mapping[str, Measurement], method:
     """method: how it was measured, in words."""
     blocks: list[Block] = ["# What it costs", "Made by `scripts/benchmark.py`, on:", environment_lines(results)]
     blocks += [method, "## Targets", targets_table(results)]
+    notes = yaml.safe_load(NOTES.read_text(encoding="utf-8"))
     for command, measurement in measurements.items():
         for view in measurement.views:
             if rows := results.rows(command, view.group):
-                blocks += [f"## {view.title}", *section(view, rows), *([view.note] if view.note else [])]
+                blocks += [f"## {view.title}", *section(view, rows)]
+                if note := notes.get(command, {}).get(view.group):
+                    blocks.append(note)
                 if view.peer:
                     file = f"{command}-{re.sub('[^a-z]+', '-', view.group)}.png"
                     blocks.append(Plot(file, f"{view.title}: {view.unit} over tokens", partial(draw, view, rows)))
@@ -79,6 +86,7 @@ def names_of(view: View, rows: list[dict]) -> list[str]:
 def section(view: View, rows: list[dict]) -> list[Block]:
     """The tables of one group, and why some cells are empty."""
     names, lengths = names_of(view, rows), sorted({row["length"] for row in rows})
+    quantity, factor = QUANTITIES[view.unit]
     measured = {(row["length"], row["contender"]): row for row in rows if "left_out" not in row}
 
     def table(caption: str, cell: Callable[[dict], str]) -> Table:
@@ -87,12 +95,10 @@ def section(view: View, rows: list[dict]) -> list[Block]:
         return Table(caption, ["T", *names], cells, figures=True)
 
     def amount(row: dict) -> str:
-        middle = digits(row[view.quantity] * view.factor)
-        if view.quantity == "bytes":
-            return middle
-        return f"{middle} ({digits(row['min'] * view.factor)} – {digits(row['max'] * view.factor)})"
+        middle, *spread = (digits(row[it] * factor) for it in (quantity, *(("min", "max") if is_timed else ())))
+        return f"{middle} ({' – '.join(spread)})" if is_timed else middle
 
-    is_timed = view.quantity == "median"
+    is_timed = quantity == "median"
     blocks: list[Block] = [table(f"{'Time, median (min – max)' if is_timed else 'Size'}, in {view.unit}", amount)]
     if view.peer:
         ratio = lambda row: "1" if row["contender"] == view.peer else digits(row["ratios"].get(view.peer))  # noqa: E731
@@ -113,7 +119,8 @@ def section(view: View, rows: list[dict]) -> list[Block]:
 
 def draw(view: View, rows: list[dict]) -> bytes:
     """One panel for the time, or the size, and one for the peak memory where it was measured; both log-log."""
-    panels = [(view.quantity, view.unit, view.factor, "time" if view.quantity == "median" else "size")]
+    quantity, factor = QUANTITIES[view.unit]
+    panels = [(quantity, view.unit, factor, "time" if quantity == "median" else "size")]
     if any(row.get("peak_bytes") for row in rows):
         panels.append(("peak_bytes", "MB", 1e-6, "peak memory of one call"))
     figure = Figure(figsize=(1 + 5 * len(panels), 5.2), layout="constrained")
@@ -146,9 +153,7 @@ def draw_panel(axis: Any, view: View, rows: list[dict], quantity: str, factor: f
     ours, peer = curves[view.ours], curves[view.peer]
     by_size = {length: peer[length] / ours[length] for length in ours if length in peer}
     lengths = sorted({length for points in curves.values() for length in points})
-    if (
-        crossing := crossover(ratios(rows, view.ours, view.peer) if quantity == view.quantity else by_size)
-    ) is not None:
+    if (crossing := crossover(ratios(rows, view.ours, view.peer) if quantity != "peak_bytes" else by_size)) is not None:
         axis.axvline(crossing, color="#555555", linestyle=":", linewidth=1.2)
         # the text lies on the side with more room
         side = "left" if crossing**2 < lengths[0] * lengths[-1] else "right"

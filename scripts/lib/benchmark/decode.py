@@ -8,60 +8,50 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib.benchmark.models import (
-    KINDS,
-    LLAMA,
-    LLAMA_ALIKE,
-    MODEL,
-    Kind,
-    build_models,
-    constattn_cache,
-    model_facts,
-    with_our_linear_layers,
-)
+from lib.benchmark import models
 from lib.benchmark.results import Measurement, View
 from lib.timing import Bench, Call, Contenders, first_calls, sweep, take_turns, timed, timed_row
 
 TOKEN, CONTEXTS = "one token", "one token, contexts in turn"
-MODEL_COMPILED = f"{MODEL}, compiled"
+MODEL_COMPILED = f"{models.MODEL}, compiled"
 READING, PROJECTING = "reading the weights once", "ConstAttn's matrix–vector products alone"
 
 
 def measure(bench: Bench, config: Any, lengths: tuple[int, ...]) -> dict:
-    models = build_models(bench, config)
-    facts = model_facts(models)
+    built = models.build_models(bench, config)
+    facts = models.model_facts(built)
     room = 2 * bench.rounds + 8  # tokens that are made after a context
-    eager = {name: partial(call_after, models[name], kind) for name, kind in KINDS.items()}
+    eager = {name: partial(call_after, built[name], kind) for name, kind in models.KINDS.items()}
     compiled = {
-        f"{name}, compiled": compiled_call(models[name], kind.cache, room)
-        for name, kind in KINDS.items()
+        f"{name}, compiled": compiled_call(built[name], kind.cache, room)
+        for name, kind in models.KINDS.items()
         if kind.is_compiled
     }
     contenders: Contenders = {
         **eager,
         **compiled,
-        READING: lambda context: reading_call(models[MODEL]),
-        PROJECTING: lambda context: projecting_call(models[MODEL]),
+        READING: lambda context: reading_call(built[models.MODEL]),
+        PROJECTING: lambda context: projecting_call(built[models.MODEL]),
     }
     if bench.device == "cpu":
-        alike = with_our_linear_layers(models[LLAMA])
-        contenders[LLAMA_ALIKE] = partial(call_after, alike, KINDS[LLAMA])
-        contenders[f"{LLAMA_ALIKE}, compiled"] = compiled_call(alike, KINDS[LLAMA].cache, room)
+        alike = models.with_our_linear_layers(built[models.LLAMA])
+        contenders[models.LLAMA_ALIKE] = partial(call_after, alike, models.KINDS[models.LLAMA])
+        contenders[f"{models.LLAMA_ALIKE}, compiled"] = compiled_call(alike, models.KINDS[models.LLAMA].cache, room)
     torch._dynamo.reset()
     rows = sweep(bench, TOKEN, contenders, lengths, int, steepest=1.0)
-    return {"rows": rows + contexts_in_turn(bench, models[MODEL], lengths)} | facts
+    return {"rows": rows + contexts_in_turn(bench, built[models.MODEL], lengths)} | facts
 
 
 def contexts_in_turn(bench: Bench, model: Any, lengths: Sequence[int]) -> list[dict]:
     """ConstAttn alone, after every context in turn: is the time per token the same? ratios: to each other context."""
-    calls = {f"T={length:,}": decode_call(model, constattn_cache(model, length)) for length in lengths}
+    calls = {f"T={length:,}": decode_call(model, models.constattn_cache(model, length)) for length in lengths}
     estimates = {name: first_calls(bench, call).seconds for name, call in calls.items()}
     often = dataclasses.replace(bench, rounds=15 * bench.rounds)  # they differ little, so measure them well
     runs = take_turns(often, calls, estimates)
-    return [timed_row(CONTEXTS, MODEL, length, name, runs) for length, name in zip(lengths, calls, strict=True)]
+    return [timed_row(CONTEXTS, models.MODEL, length, name, runs) for length, name in zip(lengths, calls, strict=True)]
 
 
-def call_after(model: Any, kind: Kind, context: int) -> Call:
+def call_after(model: Any, kind: models.Kind, context: int) -> Call:
     return decode_call(model, kind.cache(model, context), kind.cache_name)
 
 
@@ -114,26 +104,13 @@ def projecting_call(model: Any) -> Call:
     return call
 
 
-NOTE = (
-    "What bounds it on a CPU: every weight is read once for a token. In eager mode ConstAttn's linear layers take oneDNN's "
-    "products, not MKL's, which read at half their speed on AMD processors; the rest is the launch of 110 operators in "
-    "each layer. Compiled, the products of one token are sums, for which inductor makes a loop that reads at three "
-    "quarters of the memory's bandwidth. Llama with the same layers makes a token after 256 others a little faster, eager or "
-    "compiled: its attention is cheap there, its matrices are fewer and wider, and its layer has 72 operators. Tried "
-    "before: inductor's max_autotune with its C++ templates, freezing (no change), transposed weights (faster for wide "
-    "matrices only), sums for several rows at once (each row reads the weights anew: slower than oneDNN from four on). "
-    "Kept: the convolution of one token as a sum, a tenth of its time. Not done: one projection for query, key, value "
-    "and gates, which would rename what checkpoints and adapters name; a state that is updated in place, whose copies "
-    "are a fiftieth of a step."
-)
 AXIS = "tokens of context (T)"
 MEASUREMENT = Measurement(
     "it makes one token, after contexts of many lengths",
     measure,
     lengths=(256, 1024, 4096, 16_384, 65_536),
-    quick_lengths=(32, 128),
     views=(
-        View(TOKEN, "Decoding, per token", MODEL, LLAMA, "ms", AXIS, NOTE),
-        View(CONTEXTS, "Decoding, ConstAttn's contexts in turn", MODEL, "", "ms", AXIS),
+        View(TOKEN, "Decoding, per token", models.MODEL, models.LLAMA, "ms", AXIS),
+        View(CONTEXTS, "Decoding, ConstAttn's contexts in turn", models.MODEL, "", "ms", AXIS),
     ),
 )

@@ -82,7 +82,6 @@ MEASUREMENT = Measurement(
     "bytes of the cache, and bytes kept from forward to backward",
     measure,
     lengths=(256, 1024, 4096, 16_384, 65_536),
-    quick_lengths=(32, 128),
     views=(
         View(CACHE, "The cache", MODEL, LLAMA, "MB", "tokens of context (T)"),
         View(KEPT_OP, "Kept for backward by the attention alone", OURS, SDPA, "MB"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MambaConfig, StaticCache
 
-from lib.equal_size import TOLERANCE, matching, parameter_count
+from lib.equal_size import TOLERANCE, matching, nearest_widths, parameter_count
 from lib.timing import Bench, Unavailable, no_room
 from modeling_constattn import ConstAttnConfig, ConstAttnForCausalLM, cache_nbytes, speed_up_cpu_inference
 
@@ -37,45 +37,41 @@ def random_tokens(model: Any, length: int) -> Tensor:
 def matching_llama(config: ConstAttnConfig, target: int) -> LlamaConfig:
     """The same width, depth, heads and vocabulary; the MLP's width makes up the difference."""
 
-    def recipe(intermediate_size: int) -> LlamaConfig:
-        return LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            tie_word_embeddings=config.tie_word_embeddings,
-        )
-
+    recipe = partial(
+        LlamaConfig,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
     widths = range(8, 16 * config.hidden_size, 8)
-    return matching(target, [recipe], widths, f"Llama of width {config.hidden_size}")
+    return matching(target, [recipe], "intermediate_size", widths, f"Llama of width {config.hidden_size}")
 
 
 def matching_mamba(config: ConstAttnConfig, target: int) -> MambaConfig:
     """The same vocabulary and, if some depth then fits, the same width; else the nearest width that fits."""
-
-    def recipe(width: int, layers: int) -> MambaConfig:
-        return MambaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=width,
-            num_hidden_layers=layers,
-            tie_word_embeddings=config.tie_word_embeddings,
-        )
-
-    widths = sorted(range(16, 4 * config.hidden_size, 16), key=lambda width: abs(width - config.hidden_size))
-    recipes = (partial(recipe, width) for width in widths)
-    return matching(target, recipes, range(1, 8 * config.num_hidden_layers), "Mamba")
+    shared = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
+    widths = nearest_widths(config.hidden_size, 16, 4 * config.hidden_size)
+    recipes = (partial(MambaConfig, hidden_size=width, **shared) for width in widths)
+    return matching(target, recipes, "num_hidden_layers", range(1, 8 * config.num_hidden_layers), "Mamba")
 
 
 # ---------------------------------------------------------------------------------------------------------------- caches
 
 
-def constattn_cache(model: Any, context: int, static: bool = False, room: int = 0) -> Any:
-    """The cache after up to 64 tokens, its log Z raised as if there had been `context` of them."""
+def cache_of_text(model: Any, context: int, static: bool = False, room: int = 0) -> Any:
+    """The cache after up to 64 tokens: of a state of fixed size, as large and as much work as after any number."""
     cache = StaticCache(model.config, context + room) if static else DynamicCache(config=model.config)
-    text = min(context, 64)
     with torch.no_grad():
-        model(input_ids=random_tokens(model, text), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        tokens = random_tokens(model, min(context, 64))
+        model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def constattn_cache(model: Any, context: int, static: bool = False, room: int = 0) -> Any:
+    """`cache_of_text`, its log Z raised as if there had been `context` tokens."""
+    cache, text = cache_of_text(model, context, static, room), min(context, 64)
     for layer in cache.layers:
         layer.tensors["log_Z"].add_(math.log(context / text))
         layer.advance(context - text)

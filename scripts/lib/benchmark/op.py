@@ -147,31 +147,12 @@ def fla_contenders(backward: bool) -> Contenders:
     return {name: partial(call, function) for name, function in functions.items()}
 
 
-FORWARD_NOTE = (
-    "What bounds it on a CPU: four products and two exponentials a chunk, the last column. They make about half "
-    "of the time; the rest are passes over numbers that lie in the outer cache or in memory, and at short lengths "
-    "launches. Forgetting adds a fourth input as large as the others, its sums, in float64, and scales every "
-    "number of query and key; such passes weigh much because the rest weighs so little. torch.compile has nothing "
-    "to fuse: the attention is one custom operator. Tried, and kept: exponents in float32 against the maxima of "
-    "rows and chunks (a third to a half of the time that float64 took), exp2 (a third of exp's time), chunks "
-    "before heads in memory (states need no copies), results written where they belong, and segments whose "
-    "tensors have 1.5 MB (smaller ones take less memory, and more time). Tried without gain: inductor for the "
-    "passes of a segment (no faster, with forgetting a third to a half slower, and compiled anew for each "
-    "length), one product over a chunk's tokens and the state's slots together (larger pieces, up to a quarter "
-    "slower), chunks of 32, 48, 96 or 128 tokens (up to a sixth slower), sums of the log decays in float32."
-)
-BACKWARD_NOTE = (
-    "What bounds it on a CPU: the weights and states of each chunk, computed once more, and the products, the last column: "
-    "again about half of the time. At 512 tokens launches take a tenth of it. Keeping weights or states from the forward "
-    "pass would save a part, at the price of the memory that is kept: the states alone would go beyond 1.5 times SDPA's."
-)
 MEASUREMENT = Measurement(
     f"the attention alone, B={BATCH}, H={HEADS}, K=V={SLOTS}: forward, and forward + backward",
     measure,
     lengths=(256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536),
-    quick_lengths=(48, 96),
     views=(
-        View(FORWARD, "The attention alone, forward", OURS, SDPA, "ms", note=FORWARD_NOTE),
-        View(BACKWARD, "The attention alone, forward + backward", OURS, SDPA, "ms", note=BACKWARD_NOTE),
+        View(FORWARD, "The attention alone, forward", OURS, SDPA, "ms"),
+        View(BACKWARD, "The attention alone, forward + backward", OURS, SDPA, "ms"),
     ),
 )

@@ -6,16 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.benchmark.models import (
-    LLAMA,
-    LLAMA_ALIKE,
-    MODEL,
-    NOT_PROFILED,
-    build_models,
-    model_facts,
-    random_tokens,
-    with_our_linear_layers,
-)
+from lib.benchmark import models
 from lib.benchmark.results import Measurement, View
 from lib.timing import Bench, Call, Contenders, sweep
 
@@ -24,14 +15,14 @@ PIECE = 2048
 
 
 def measure(bench: Bench, config: Any, lengths: tuple[int, ...]) -> dict:
-    models = build_models(bench, config)
-    facts = model_facts(models)
-    contenders: Contenders = {name: partial(prefill_call, model, None) for name, model in models.items()}
-    contenders[PIECES] = partial(prefill_call, models[MODEL], PIECE)
+    built = models.build_models(bench, config)
+    facts = models.model_facts(built)
+    contenders: Contenders = {name: partial(prefill_call, model, None) for name, model in built.items()}
+    contenders[PIECES] = partial(prefill_call, built[models.MODEL], PIECE)
     if bench.device == "cpu":
-        contenders[LLAMA_ALIKE] = partial(prefill_call, with_our_linear_layers(models[LLAMA]), None)
-    make_tokens = partial(random_tokens, models[MODEL])
-    return {"rows": sweep(bench, PREFILL, contenders, lengths, make_tokens, untracked=NOT_PROFILED)} | facts
+        contenders[models.LLAMA_ALIKE] = partial(prefill_call, models.with_our_linear_layers(built[models.LLAMA]), None)
+    make_tokens = partial(models.random_tokens, built[models.MODEL])
+    return {"rows": sweep(bench, PREFILL, contenders, lengths, make_tokens, untracked=models.NOT_PROFILED)} | facts
 
 
 def prefill_call(model: Any, piece: int | None, tokens: Tensor) -> Call:
@@ -49,14 +40,9 @@ def prefill_call(model: Any, piece: int | None, tokens: Tensor) -> Call:
     return call
 
 
-NOTE = (
-    "In pieces a prompt of any length takes the memory of 2,048 tokens, and about as long: so do `generate.py` and "
-    "`prefix.py`."
-)
 MEASUREMENT = Measurement(
     "a language model of --model's size reads a prompt",
     measure,
     lengths=(256, 512, 1024, 2048, 4096, 8192, 16_384),
-    quick_lengths=(32, 64),
-    views=(View(PREFILL, "Prefill of a language model", MODEL, LLAMA, "s", note=NOTE, rate="Tokens per second"),),
+    views=(View(PREFILL, "Prefill of a language model", models.MODEL, models.LLAMA, "s", rate="Tokens per second"),),
 )

@@ -23,16 +23,7 @@ class View:
     peer: str  # "" where there is none
     unit: str  # of QUANTITIES
     axis: str = "tokens (T)"
-    note: str = ""  # what bounds it, and what was tried
     rate: str = ""  # what the length ÷ the time is, where that says more
-
-    @property
-    def quantity(self) -> str:
-        return QUANTITIES[self.unit][0]
-
-    @property
-    def factor(self) -> float:
-        return QUANTITIES[self.unit][1]
 
 
 @dataclass(frozen=True)
@@ -46,7 +37,6 @@ class Measurement:
     what: str
     measure: Callable[[Bench, Any, tuple[int, ...]], dict]
     lengths: tuple[int, ...]
-    quick_lengths: tuple[int, ...]
     views: tuple[View, ...]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from lib.benchmark.decode import CONTEXTS, MODEL_COMPILED, READING, TOKEN
 from lib.benchmark.memory import CACHE, KEPT_OP
@@ -23,17 +24,23 @@ class Target:
     length: str
     wanted: float
     measure: Callable[[list[dict]], float | None]  # of the group's rows
-    at_most: bool = False
     unit: str = "×"
     device: str = "cpu"
+    at_most: bool = False
+
+
+at_most = partial(Target, at_most=True)
 
 
 def speed(
     command: str, group: str, contender: str, peer: str, length: int, wanted: float, device: str = "cpu"
 ) -> Target:
     claim = f"`{command}`, {group}: {contender}, times as fast as {peer}"
-    measure = lambda rows: ratios(rows, contender, peer).get(length)  # noqa: E731
-    return Target(command, group, claim, f"{length:,}", wanted, measure, device=device)
+    return Target(command, group, claim, f"{length:,}", wanted, ratio_at(length, contender, peer), device=device)
+
+
+def ratio_at(length: int, contender: str, peer: str) -> Callable[[list[dict]], float | None]:
+    return lambda rows: ratios(rows, contender, peer).get(length)
 
 
 def least(contender: str, peer: str) -> Callable[[list[dict]], float | None]:
@@ -63,7 +70,7 @@ def flatness(rows: list[dict]) -> float | None:
     return 100 * (max(times) / min(times) - 1) if times else None
 
 
-ALL, KEPT = "all, worst", "`memory`: kept for backward by"
+ALL, KEPT, READ = "all, worst", "`memory`: kept for backward by", f"{MODEL_COMPILED} ÷ {READING}"
 TARGETS = (
     *(speed("op", FORWARD, OURS, SDPA, T, wanted) for T, wanted in ((512, 1), (2048, 2), (8192, 6), (16_384, 10))),
     *(speed("op", BACKWARD, OURS, SDPA, T, wanted) for T, wanted in ((512, 2), (1024, 3), (4096, 8), (8192, 12))),
@@ -74,50 +81,20 @@ TARGETS = (
     speed("op", FORWARD, OURS, SCAN, 1024, 100),
     Target("op", FORWARD, "`op`, forward: peak memory of the paper's scan ÷ ours", "1,024", 50, scan_memory),
     *(
-        Target("memory", KEPT_OP, f"{KEPT} {name} ÷ by {SDPA}", ALL, 1.5, most(name, SDPA), at_most=True)
+        at_most("memory", KEPT_OP, f"{KEPT} {name} ÷ by {SDPA}", ALL, 1.5, most(name, SDPA))
         for name in (OURS, FORGETTING)
     ),
-    Target(
-        "memory",
-        KEPT_OP,
-        "`memory`: kept per token, at the longest T ÷ at the shortest",
-        "all",
-        1.05,
-        kept_growth,
-        at_most=True,
+    at_most(
+        "memory", KEPT_OP, "`memory`: kept per token, at the longest T ÷ at the shortest", "all", 1.05, kept_growth
     ),
     *(speed("decode", TOKEN, MODEL, LLAMA, T, wanted) for T, wanted in ((256, 1), (16_384, 10), (65_536, 30))),
-    Target(
-        "decode",
-        CONTEXTS,
-        "`decode`: the slowest context is above the fastest by",
-        "all",
-        3,
-        flatness,
-        at_most=True,
-        unit="%",
-    ),
+    at_most("decode", CONTEXTS, "`decode`: the slowest context is above the fastest by", "all", 3, flatness, "%"),
     Target("decode", TOKEN, f"`decode`, {TOKEN}: {MODEL}, times as fast as {MAMBA}", ALL, 1.2, least(MODEL, MAMBA)),
-    Target(
-        "decode",
-        TOKEN,
-        f"`decode`, {TOKEN}: time of {MODEL_COMPILED} ÷ {READING}",
-        ALL,
-        1.3,
-        most(MODEL_COMPILED, READING),
-        at_most=True,
-    ),
+    at_most("decode", TOKEN, f"`decode`, {TOKEN}: time of {READ}", ALL, 1.3, most(MODEL_COMPILED, READING)),
     *(speed("prefill", PREFILL, MODEL, LLAMA, T, wanted) for T, wanted in ((2048, 1), (8192, 1.5))),
     speed("prefill", PREFILL, MODEL, MAMBA, 512, 4),
     speed("train", STEP, MODEL, LLAMA, 1024, 1),
-    Target(
-        "memory",
-        CACHE,
-        f"`memory`: cache of {LLAMA} ÷ ours",
-        "65,536",
-        500,
-        lambda rows: ratios(rows, MODEL, LLAMA).get(65_536),
-    ),
+    Target("memory", CACHE, f"`memory`: cache of {LLAMA} ÷ ours", "65,536", 500, ratio_at(65_536, MODEL, LLAMA)),
     *(speed("op", FORWARD, TRITON, SDPA, T, wanted, "cuda") for T, wanted in ((2048, 1), (8192, 4), (32_768, 15))),
     *(speed("op", FORWARD, TRITON, GLA, T, 1, "cuda") for T in (2048, 8192, 32_768)),
 )

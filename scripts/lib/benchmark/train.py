@@ -35,17 +35,9 @@ def trainer(model: Any) -> Callable[[Tensor], Call]:
     return lambda tokens: partial(step, tokens)
 
 
-NOTE = (
-    "What bounds it on a CPU: at these lengths the attention is less than a tenth of a step, and faster than Llama's "
-    "(forward + backward, above, times the layers). The products of the projections are as many as the parameters, as "
-    "in Llama. What is left are passes over activations, forward and backward: convolution, norm and two gates in "
-    "each block. Kept: the convolution as one over an image, channels last, which takes 5 ms of a layer's step at 1,024 "
-    "tokens, where F.conv1d took 38."
-)
 MEASUREMENT = Measurement(
     "one step: forward, loss, backward, AdamW",
     measure,
     lengths=(256, 512, 1024, 2048, 4096),
-    quick_lengths=(32, 64),
-    views=(View(STEP, "A training step", MODEL, LLAMA, "s", note=NOTE),),
+    views=(View(STEP, "A training step", MODEL, LLAMA, "s"),),
 )

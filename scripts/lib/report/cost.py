@@ -16,11 +16,10 @@ from lib.benchmark.results import crossover, ratios, series
 from lib.benchmark.train import trainer
 from lib.environment import environment
 from lib.page import Block, Table, digits
+from lib.plots import Series, curves
 from lib.report import stability
 from lib.report.contenders import KINDS, LINEAR, LOG_VALUES, OURS, PAPER, SOFTMAX, SOFTPLUS, described, new_models
-from lib.report.drawings import Series, plot
-from lib.report.plan import Plan
-from lib.report.work import Work
+from lib.report.work import Plan, Work
 from lib.timing import MIN_ROUNDS, Bench, Contenders, sweep
 
 STEP, VARIANTS, CHUNKS = "one training step", "one training step of variants", "chunks"
@@ -76,10 +75,12 @@ def cost(configs: dict[str, Any], plan: Plan, settings: dict, bench: Bench, work
 
 
 def cost_chapter(results: dict) -> list[Block]:
-    cost, names = results["cost"], PEERS
+    cost = results["cost"]
     tokens = [row for row in cost["decode"] if row["group"] == TOKEN]
     times, sizes = series(tokens, "median"), series(cost["cache"], "bytes")
-    steps, peaks = (series(cost["training step"], quantity) for quantity in ("median", "peak_bytes"))
+    milliseconds, megabytes = scaled(times, 1e3), scaled(sizes, 1e-6)
+    steps = scaled(series(cost["training step"], "median"), 1e3)
+    peaks = scaled(series(cost["training step"], "peak_bytes"), 1e-6)
     slope = max(0.0, last_slope(times[SOFTMAX]))  # noise can turn a short one down
     longest = max(times[SOFTMAX])
     constant = {name: statistics.median(times[name].values()) for name in (OURS, LINEAR)}
@@ -95,10 +96,11 @@ def cost_chapter(results: dict) -> list[Block]:
     price = results["price_per_hour"]
     per_million = [
         [f"{context:,}" + ("" if context <= longest else " (extrapolated)")]
-        + [digits(seconds(name, context) * MILLION) for name in names]
-        + ([digits(seconds(name, context) * MILLION / 3600 * price) for name in names] if price else [])
+        + [digits(seconds(name, context) * MILLION) for name in PEERS]
+        + ([digits(seconds(name, context) * MILLION / 3600 * price) for name in PEERS] if price else [])
         for context in PRICED
     ]
+    units = ("s", "price") if price else ("s",)
     axis = "tokens of context"
     bytes_per_token = last_slope(sizes[SOFTMAX])
     blocks: list[Block] = [
@@ -107,10 +109,10 @@ def cost_chapter(results: dict) -> list[Block]:
             "medians. elu+1 is linear attention with that feature map in the same block, without forgetting. "
             + crossing(tokens, "a generated token")
         ),
-        amounts("Time per generated token, ms", "context", times, names, 1e3),
-        plot("cost-token", "Time per generated token", axis, "ms", scaled(times, 1e3), dashed=extended, ticks=PRICED),
-        amounts("Cache, MB", "context", sizes, names, 1e-6),
-        plot("cost-cache", "Cache", axis, "MB", scaled(sizes, 1e-6)),
+        amounts("Time per generated token, ms", "context", milliseconds),
+        curves("cost-token", "Time per generated token", axis, "ms", milliseconds, dashed=extended, ticks=PRICED),
+        amounts("Cache, MB", "context", megabytes),
+        curves("cost-cache", "Cache", axis, "MB", megabytes),
         (
             f"Cost of a million generated tokens at a given context. The model: the time of softmax goes in straight lines from "
             f"one measured context to the next, and beyond {longest:,} tokens on as between the longest two, by "
@@ -119,26 +121,20 @@ def cost_chapter(results: dict) -> list[Block]:
             f"{bytes_per_token * PRICED[-1] / 1e9:.3g} GB at {PRICED[-1]:,}."
         ),
         Table(
-            "Cost of a million generated tokens, in seconds of this machine"
-            + (f", and at {price:g} an hour" if price else ""),
-            ["context", *(f"{name}, s" for name in names), *((f"{name}, price" for name in names) if price else ())],
+            f"Cost of a million generated tokens, in seconds of this machine{f', and at {price:g} an hour' if price else ''}",
+            ["context", *(f"{name}, {unit}" for unit in units for name in PEERS)],
             per_million,
         ),
         (
             "A training step (forward, loss, backward, AdamW) of one text. "
             + crossing(cost["training step"], "a training step")
         ),
-        amounts("Time of a training step, ms", "tokens", steps, names, 1e3),
-        amounts("Peak memory of a training step, MB", "tokens", peaks, names, 1e-6),
-        plot("cost-step", "Training step", "tokens of text", "ms", scaled(steps, 1e3)),
+        amounts("Time of a training step, ms", "tokens", steps),
+        amounts("Peak memory of a training step, MB", "tokens", peaks),
+        curves("cost-step", "Training step", "tokens of text", "ms", steps),
     ]
-    reasons_left_out = {
-        f"{row['contender']} is left out {row['left_out']}."
-        for rows in cost.values()
-        for row in rows
-        if "left_out" in row
-    }
-    return [*blocks, *sorted(reasons_left_out)]
+    left_out = [row for rows in cost.values() for row in rows if "left_out" in row]
+    return [*blocks, *sorted({f"{row['contender']} is left out {row['left_out']}." for row in left_out})]
 
 
 def scaled(curves: Series, factor: float) -> Series:
@@ -163,7 +159,9 @@ def crossing(rows: list[dict], what: str) -> str:
     return f"{OURS} makes {what} slower than {SOFTMAX} up to the longest that was measured."
 
 
-def amounts(caption: str, axis: str, curves: Series, names: Sequence[str], factor: float) -> Table:
-    lengths = sorted({length for name in names for length in curves.get(name, ())})
-    cell = lambda name, T: digits(factor * curves[name][T]) if T in curves.get(name, ()) else "–"  # noqa: E731
-    return Table(caption, [axis, *names], [[f"{T:,}", *(cell(name, T) for name in names)] for T in lengths])
+def amounts(caption: str, axis: str, curves: Series) -> Table:
+    cells = [
+        [f"{T:,}", *(digits(curves.get(name, {}).get(T)) for name in PEERS)]
+        for T in sorted({T for points in curves.values() for T in points})
+    ]
+    return Table(caption, [axis, *PEERS], cells)

@@ -4,10 +4,12 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from lib.benchmark.decode import CONTEXTS
-from lib.criteria import Criterion, Figure, amount, judge, verdict
-from lib.page import Block, Table
+from lib.benchmark.results import series
+from lib.criteria import Criterion, Figure, amount, judge, middle_half, verdict
+from lib.page import Block, Table, by_column
 from lib.report import stability
 from lib.report.contenders import OURS, SOFTMAX
 
@@ -35,9 +37,7 @@ def decide(results: dict, thresholds: dict[str, float]) -> dict:
     return {
         "verdict": verdict(list(judgements.values())),
         "criteria": {
-            name: dataclasses.asdict(judgement)
-            | {"figure": judgement.figure._asdict()}
-            | {"limit": judgement.limit, "passed": judgement.passed, "close": judgement.is_close}
+            name: dataclasses.asdict(judgement) | {"figure": judgement.figure._asdict()} | judgement.result
             for name, judgement in judgements.items()
         },
     }
@@ -48,10 +48,8 @@ def over_runs(values: Sequence[float], of: str, middle: Callable = statistics.me
 
 
 def over_turns(own: Sequence[float], others: Sequence[float], scale: Callable[[float], float] = float) -> Figure:
-    """The ratio of two calls that took turns: the median, and the middle half."""
-    ratios = [scale(one / other) for one, other in zip(own, others, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return Figure(middle, low, high, f"middle half of {len(ratios)} turns")
+    """The ratio of two calls that took turns."""
+    return middle_half([scale(one / other) for one, other in zip(own, others, strict=True)], "turns")
 
 
 def quality_gap(results: dict) -> Figure:
@@ -60,24 +58,20 @@ def quality_gap(results: dict) -> Figure:
     return over_runs(gaps, f"{len(gaps)} seeds")
 
 
-def row_of(rows: list[dict], contender: str, length: int) -> dict | None:
-    found = (row for row in rows if (row["contender"], row["length"]) == (contender, length) and "left_out" not in row)
-    return next(found, None)
+def both(rows: list[dict], quantity: str, length: int) -> list[Any]:
+    """Ours and softmax's; None, or nothing, of what was not measured."""
+    found = series((row for row in rows if row["group"] != CONTEXTS), quantity)
+    return [found.get(name, {}).get(length) for name in (OURS, SOFTMAX)]
 
 
 def times_softmax(results: dict, measurement: str, length: int) -> Figure:
-    ours, softmax = (row_of(results["cost"][measurement], name, length) for name in (OURS, SOFTMAX))
-    if ours is None or softmax is None:
-        return Figure(None)
-    return over_turns(ours["runs"], softmax["runs"])
+    ours, softmax = both(results["cost"][measurement], "runs", length)
+    return over_turns(ours, softmax) if ours and softmax else Figure(None)
 
 
 def memory_saved(results: dict) -> Figure:
-    rows = [row_of(results["cost"]["cache"], name, results["settings"]["context"]) for name in (OURS, SOFTMAX)]
-    if None in rows:
-        return Figure(None)
-    ours, softmax = (row["bytes"] for row in rows if row)
-    return Figure(100 * (1 - ours / softmax), of="counted")
+    ours, softmax = both(results["cost"]["cache"], "bytes", results["settings"]["context"])
+    return Figure(100 * (1 - ours / softmax), of="counted") if ours and softmax else Figure(None)
 
 
 def latency_growth(results: dict) -> Figure:
@@ -124,19 +118,14 @@ FIGURES: dict[str, Callable[[dict], Figure]] = {
 
 def reasons(results: dict) -> list[str]:
     """What speaks against it, then what is close, then what speaks for it."""
-    found = results["decision"]["criteria"].values()
-    order = {"fails": 0, "is close": 1, "passes": 2}
     lines = []
-    for criterion in found:
-        state = "fails" if not criterion["passed"] else "is close" if criterion["close"] else "passes"
+    rank = lambda criterion: criterion["passed"] and 2 - criterion["close"]  # noqa: E731
+    for criterion in sorted(results["decision"]["criteria"].values(), key=rank):
         words = f"{criterion['title']}: {figure_text(criterion)}, wanted {criterion['limit']}"
-        note = (
-            ". Its spread reaches across the threshold: measure more before you rely on it."
-            if criterion["close"]
-            else ""
-        )
-        lines.append((order[state], f"{'Fails' if state == 'fails' else 'Passes'}: {words}{note}"))
-    return [line for _, line in sorted(lines, key=lambda pair: pair[0])]
+        if criterion["close"]:
+            words += ". Its spread reaches across the threshold: measure more before you rely on it."
+        lines.append(f"{'Passes' if criterion['passed'] else 'Fails'}: {words}")
+    return lines
 
 
 def figure_text(criterion: dict) -> str:
@@ -149,26 +138,19 @@ def figure_text(criterion: dict) -> str:
 
 def decision_chapter(results: dict) -> list[Block]:
     decision = results["decision"]
-    rows = [
-        [
-            criterion["title"],
-            criterion["limit"],
-            figure_text(criterion),
-            criterion["figure"]["of"] or "–",
-            ("pass" if criterion["passed"] else "fail") + (", close" if criterion["close"] else ""),
-        ]
-        for criterion in decision["criteria"].values()
-    ]
-    failed = [criterion["title"] for criterion in decision["criteria"].values() if not criterion["passed"]]
-    words = (
-        f"Verdict: {decision['verdict']}. "
-        + (f"What fails: {'; '.join(failed)}." if failed else "Every criterion is met.")
-        + " A figure is close where the threshold lies within its spread."
-    )
+    columns: dict[str, Callable[[dict], str]] = {
+        "criterion": lambda it: it["title"],
+        "wanted": lambda it: it["limit"],
+        "figure (spread)": figure_text,
+        "spread over": lambda it: it["figure"]["of"] or "–",
+        "result": lambda it: ("pass" if it["passed"] else "fail") + (", close" if it["close"] else ""),
+    }
+    failed = "; ".join(criterion["title"] for criterion in decision["criteria"].values() if not criterion["passed"])
+    what = f"What fails: {failed}." if failed else "Every criterion is met."
     how = "." if decision["verdict"] == "go" else ", once what fails has been mended."
     return [
-        words,
-        Table("Criteria", ["criterion", "wanted", "figure (spread)", "spread over", "result"], rows),
+        f"Verdict: {decision['verdict']}. {what} A figure is close where the threshold lies within its spread.",
+        by_column("Criteria", decision["criteria"].values(), columns),
         f"How to roll it out, filled with the figures above{how}",
         Table("Roll-out plan", ["step", "what", "go on when", "turn back when"], roll_out(results)),
     ]

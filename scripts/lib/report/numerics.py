@@ -7,10 +7,9 @@ from typing import Any
 
 from lib.environment import versions
 from lib.page import Block, Table
+from lib.plots import Series, curves
 from lib.report import stability
-from lib.report.drawings import Series, plot
-from lib.report.plan import Plan
-from lib.report.work import Work
+from lib.report.work import Plan, Work
 
 
 def numerics(plan: Plan, device: str, work: Work) -> dict:
@@ -57,7 +56,7 @@ def stability_chapter(results: dict) -> list[Block]:
             cells.append([first, *(error_cell(largest[form].get(x), lost[form][x]) for form in forms)])
         return Table(f"Error of the {of} {where}", [key, *forms], cells)
 
-    def curves(rows: list[dict], key: str) -> Series:
+    def by_form(rows: list[dict], key: str) -> Series:
         return {form: {x: y for x, y in points.items() if y} for form, points in worst(rows, key, "error").items()}
 
     scale, length = measured["scale"], measured["length"]
@@ -74,12 +73,12 @@ def stability_chapter(results: dict) -> list[Block]:
         for name, points in approximated.items()
     ]
     by_scale, drifting = "by scale of queries and keys", "Error of the output over a stream"
-    gradient_note = "Where a share is not finite, it stands beside the error of the rest."
     return [
-        (f"{first_words} Random inputs, {shape}, {seeds} draws of which the worst counts. {gradient_note}"),
+        f"{first_words} Random inputs, {shape}, {seeds} draws of which the worst counts. Where a share is not finite, it stands "
+        "beside the error of the rest.",
         errors("output", by_scale, scale, "scale"),
         errors("gradients", by_scale, scale, "scale"),
-        plot("stability-scale", "Error of the output", by_scale[3:], "error", curves(scale, "scale"), base=10),
+        curves("stability-scale", "Error of the output", by_scale[3:], "error", by_form(scale, "scale"), base=10),
         errors("output", "for ill-conditioned keys", measured["keys"], "keys"),
         errors("gradients", "for ill-conditioned keys", measured["keys"], "keys"),
         (
@@ -87,7 +86,7 @@ def stability_chapter(results: dict) -> list[Block]:
             f"handed on in the form's own precision; the error is that of the last {stability.STREAM['compared']} outputs."
         ),
         errors("output", "by length of the stream", length, "tokens"),
-        plot("stability-length", drifting, "tokens read", "error", curves(length, "tokens"), base=10),
+        curves("stability-length", drifting, "tokens read", "error", by_form(length, "tokens"), base=10),
         (
             "Approximated exponentials and logarithms, in the recurrence in float32: what they do to a random output and, "
             f"in all layers, to the loss of the model that was trained with the exact ones ({statistics.mean(exact):.4f} nats per "

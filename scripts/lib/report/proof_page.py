@@ -5,9 +5,9 @@ from pathlib import Path
 import jinja2
 
 from lib.page import Block, to_json, write_page
+from lib.plots import inline_svg
 from lib.report.cost import cost_chapter
 from lib.report.decision import decision_chapter, reasons
-from lib.report.drawings import inline_svg
 from lib.report.numerics import stability_chapter
 from lib.report.quality import constraints_chapter, quality_chapter
 

@@ -1,29 +1,27 @@
 """What the contenders learn, and the chapters of the paper's constraints and of quality."""
 
+import dataclasses
 import json
 import math
 import re
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from lib import training
 from lib.benchmark import op
 from lib.benchmark.results import series
 from lib.checkpoints import load_model
 from lib.environment import versions
-from lib.page import Block, Table, digits
+from lib.page import Block, Table, by_column, digits
+from lib.plots import curves
 from lib.report import stability
 from lib.report.contenders import LINEAR, LOG_VALUES, OURS, PAPER, SOFTMAX, SOFTPLUS, described
-from lib.report.cost import CHUNKS, VARIANTS
-from lib.report.drawings import plot
-from lib.report.plan import Plan
-from lib.report.text import RUN, Text
-from lib.report.work import Work
+from lib.report.cost import CHUNKS, scaled
+from lib.report.text import Text
+from lib.report.work import Plan, Work
 
 
 def quality(configs: dict[str, Any], text: Text, plan: Plan, work: Work) -> dict[str, dict]:
@@ -53,21 +51,14 @@ def trained(name: str, config: Any, rate: float, seed: int, text: Text, plan: Pl
 
     def measure() -> dict:
         config.save_pretrained(folder / "config")
-        run = {key: value for key, value in yaml.safe_load(RUN.read_text()).items() if key != "data_description"}
-        run |= {
-            "model": str(folder / "config"),
-            "data": str(text.folder / "train.jsonl"),
-            "eval_data": str(text.folder / "heldout.jsonl"),
-            "tokenizer": str(text.folder / "tokenizer"),
-        }
         own = {"output_dir": str(folder / "model"), "save_steps": math.ceil(plan.steps / 2), "save_total_limit": 1}
         if last.is_dir():
             shutil.rmtree(last)  # all steps are made, and resumed it would make one more: it starts anew
         if any((folder / "model").glob("checkpoint-*")):
             own["resume_from_checkpoint"] = True
-        run["training"] = run["training"] | own_training | own
-        (folder / "run.yaml").write_text(yaml.safe_dump(run))
-        summary = training.train(training.read_run(folder / "run.yaml", []))
+        run = dataclasses.replace(text.run, model=str(folder / "config"), tokenizer=str(text.folder / "tokenizer"))
+        run.training = run.training | own_training | own
+        summary = training.train(run)
         history = json.loads((last / "trainer_state.json").read_text())["log_history"]
         shutil.rmtree(last)
         return {
@@ -103,52 +94,37 @@ def held_out_blocks(found: dict[str, dict], text: Text, device: str, work: Work)
 
 
 def constraints_chapter(results: dict) -> list[Block]:
-    names = (OURS, SOFTPLUS, LOG_VALUES, PAPER)
     labels = {OURS: "signed values", SOFTPLUS: "softplus(value)", LOG_VALUES: "log-values", PAPER: "the paper's model"}
     quality, cost = results["quality"], results["cost"]
-    step = {row["contender"]: row for row in cost["training step of variants"] if row["group"] == VARIANTS}
     length = results["settings"]["training_length"]
+    steps = scaled(series(cost["training step of variants"], "median"), 1e3)
+    times = {name: points[length] for name, points in steps.items()}
 
     def norms(name: str) -> list[list[float]]:
         return [[row["grad_norm"] for row in run["history"]] for run in quality[name]["runs"]]
 
-    rows = [
-        [
-            labels[name],
-            spread([run["loss"] for run in quality[name]["runs"]]),
-            f"{quality[name]['learning_rate']:g}",
-            spread([statistics.median(run) for run in norms(name)]),
-            digits(max(max(run) for run in norms(name))),
-            digits(1e3 * step[name]["median"]) if "median" in step[name] else "–",
-            digits(step[name]["median"] / step[OURS]["median"]) if "median" in step[name] else "–",
-        ]
-        for name in names
-    ]
+    columns: dict[str, Callable[[str], str]] = {
+        "values": labels.__getitem__,
+        "held-out loss, nats per token": lambda name: spread([run["loss"] for run in quality[name]["runs"]]),
+        "learning rate": lambda name: f"{quality[name]['learning_rate']:g}",
+        "median gradient norm": lambda name: spread([statistics.median(run) for run in norms(name)]),
+        "largest": lambda name: digits(max(max(run) for run in norms(name))),
+        f"training step of {length:,} tokens, ms": lambda name: digits(times.get(name)),
+        "÷ signed": lambda name: digits(times[name] / times[OURS] if name in times else None),
+    }
     blocks: list[Block] = [
         "The paper holds values as logs, so that they are positive. Signed values against positive ones in the same block "
         "(by softplus, or as exp(value) whose attention is passed on as its log), and against the paper's whole model of "
         "equal size, whose block has no convolution, forgetting, norm, gate or MLP. Gradient norms are those of the steps "
         "that were logged in training, before clipping at 1; mean (least – most) over seeds.",
-        Table(
-            "Positive values against signed ones",
-            [
-                "values",
-                "held-out loss, nats per token",
-                "learning rate",
-                "median gradient norm",
-                "largest",
-                f"training step of {length:,} tokens, ms",
-                "÷ signed",
-            ],
-            rows,
-        ),
-        plot(
+        by_column("Positive values against signed ones", labels, columns),
+        curves(
             "constraints-gradients",
             "Gradient norm while training",
             "step",
             "norm",
-            {labels[name]: mean_curve(quality[name]["runs"], "grad_norm") for name in names},
-            linear_x=True,
+            {labels[name]: mean_curve(quality[name]["runs"], "grad_norm") for name in labels},
+            base=None,
         ),
         (
             f"The paper's parallel scan keeps a state for every token, chunks keep one for each 64: the same attention, "
@@ -156,36 +132,39 @@ def constraints_chapter(results: dict) -> list[Block]:
         ),
     ]
     for key, title in (("scan forward", "forward"), ("scan forward backward", "forward and backward")):
-        times, peaks = series(cost[key], "median"), series(cost[key], "peak_bytes")
-        lengths = sorted(times[CHUNKS])
+        measured = scaled(series(cost[key], "median"), 1e3), scaled(series(cost[key], "peak_bytes"), 1e-6)
+        forms = {CHUNKS: CHUNKS, stability.SCAN: "scan"}
+        header = ["tokens", *(f"{label}, {unit}" for unit in ("ms", "MB") for label in forms.values())]
         cells = [
-            [f"{T:,}"]
-            + [digits(1e3 * times[name][T]) if T in times.get(name, ()) else "–" for name in (CHUNKS, stability.SCAN)]
-            + [digits(1e-6 * peaks[name][T]) if T in peaks.get(name, ()) else "–" for name in (CHUNKS, stability.SCAN)]
-            for T in lengths
+            [f"{T:,}", *(digits(curves.get(name, {}).get(T)) for curves in measured for name in forms)]
+            for T in sorted(measured[0][CHUNKS])
         ]
-        header = ["tokens", *(f"{name}, {unit}" for unit in ("ms", "MB") for name in (CHUNKS, "scan"))]
         blocks.append(Table(f"Chunks against the scan, {title}: time and peak memory", header, cells))
     return blocks
 
 
 def quality_chapter(results: dict, study: Path) -> list[Block]:
     quality = results["quality"]
-    softmax = [run["loss"] for run in quality[SOFTMAX]["runs"]]
-    rows = [
-        [
-            name,
-            f"{results['parameters'][name]:,}",
-            spread([run["loss"] for run in found["runs"]]),
-            spread(
-                [100 * (run["loss"] / other - 1) for run, other in zip(found["runs"], softmax, strict=True)],
-                signed=True,
-            ),
-            ", ".join(f"{loss:.3f} at {rate}" for rate, loss in found["losses"].items()),
-            f"{statistics.mean(run['tokens_per_second'] for run in found['runs']):,.0f}",
-        ]
-        for name, found in quality.items()
-    ]
+
+    def losses(name: str) -> list[float]:
+        return [run["loss"] for run in quality[name]["runs"]]
+
+    def gaps(name: str) -> list[float]:
+        return [100 * (loss / other - 1) for loss, other in zip(losses(name), losses(SOFTMAX), strict=True)]
+
+    def speed(name: str) -> float:
+        return statistics.mean(run["tokens_per_second"] for run in quality[name]["runs"])
+
+    columns: dict[str, Callable[[str], str]] = {
+        "model": str,
+        "parameters": lambda name: f"{results['parameters'][name]:,}",
+        "loss, nats per token": lambda name: spread(losses(name)),
+        "gap to softmax, %": lambda name: spread(gaps(name), signed=True),
+        "by learning rate, first seed": lambda name: ", ".join(
+            f"{loss:.3f} at {rate}" for rate, loss in quality[name]["losses"].items()
+        ),
+        "tokens/s in training": lambda name: f"{speed(name):,.0f}",
+    }
     tokens = quality[OURS]["runs"][0]["tokens"]
     blocks: list[Block] = [
         (
@@ -193,25 +172,14 @@ def quality_chapter(results: dict, study: Path) -> list[Block]:
             "text, mean (least – most) over seeds; the gap is taken seed by seed. A model of this size and budget says which "
             "way things go, not where they end."
         ),
-        Table(
-            "Held-out loss",
-            [
-                "model",
-                "parameters",
-                "loss, nats per token",
-                "gap to softmax, %",
-                "by learning rate, first seed",
-                "tokens/s in training",
-            ],
-            rows,
-        ),
-        plot(
+        by_column("Held-out loss", quality, columns),
+        curves(
             "quality-loss",
             "Training loss",
             "step",
             "nats per token",
             {name: mean_curve(quality[name]["runs"], "loss") for name in (OURS, SOFTMAX, LINEAR)},
-            linear_x=True,
+            base=None,
         ),
     ]
     tables = study_tables(study)
@@ -223,20 +191,13 @@ def quality_chapter(results: dict, study: Path) -> list[Block]:
 def study_tables(study: Path) -> list[Table]:
     """The tables of the study's README, each under the heading that it stands under."""
     readme = study.with_name("README.md")
-    tables: list[Table] = []
-    heading, lines = "", [*readme.read_text(encoding="utf-8").splitlines(), ""] if readme.is_file() else []
-    rows: list[list[str]] = []
-    for line in lines:
-        if line.startswith("|"):
-            cells = [re.sub(r"[*`]", "", cell.strip()) for cell in line.strip().strip("|").split("|")]
-            if not all(re.fullmatch(":?-+:?", cell) for cell in cells):
-                rows.append(cells)
-            continue
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    tables, heading = [], ""
+    for title, lines in re.findall(r"^#+ (.*)$|((?:^\|.*(?:\n|\Z))+)", text, re.MULTILINE):
+        heading = title or heading
+        rows = [[re.sub("[*`]", "", cell.strip()) for cell in line.split("|")[1:-1]] for line in lines.splitlines()]
         if rows:
-            tables.append(Table(heading, rows[0], rows[1:]))
-            rows = []
-        if line.startswith("#"):
-            heading = line.lstrip("# ")
+            tables.append(Table(heading, rows[0], rows[2:]))
     return tables
 
 

@@ -213,20 +213,18 @@ def compare_forms(x: Inputs) -> dict[str, dict]:
 
 
 def over_scale(scales: Sequence[float], seeds: int, device: str) -> list[dict]:
-    return [
-        {"scale": scale, "seed": seed, "forms": compare_forms(scaled(scale, inputs))}
-        for seed in range(seeds)
-        for inputs in [random_inputs(seed, SHAPE["tokens"], device)]
-        for scale in scales
-    ]
+    return over_draws("scale", {scale: partial(scaled, scale) for scale in scales}, seeds, device)
 
 
 def over_hard_keys(seeds: int, device: str) -> list[dict]:
+    return over_draws("keys", {name: partial(with_keys, change) for name, change in HARD_KEYS.items()}, seeds, device)
+
+
+def over_draws(key: str, changes: dict[Any, Callable[[Inputs], Inputs]], seeds: int, device: str) -> list[dict]:
     return [
-        {"keys": name, "seed": seed, "forms": compare_forms(with_keys(change, inputs))}
+        {key: name, "seed": seed, "forms": compare_forms(change(random_inputs(seed, SHAPE["tokens"], device)))}
         for seed in range(seeds)
-        for inputs in [random_inputs(seed, SHAPE["tokens"], device)]
-        for name, change in HARD_KEYS.items()
+        for name, change in changes.items()
     ]
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from lib import training
 from lib.checkpoints import load_config
 from lib.documents import load_documents, source_names
-from lib.report.plan import QUICK_MODEL, Plan
-from lib.report.work import Work
+from lib.report.work import QUICK_MODEL, Plan, Work
+from lib.runs import Run
 from lib.staging import staged
 from lib.standard_library import write_docs
 from lib.tasks import TASKS
@@ -33,6 +33,7 @@ class Text:
     folder: Path  # train.jsonl, heldout.jsonl and tokenizer/
     train_bytes: int
     held_out_bytes: int
+    run: Run  # of a training on it
     base: ConstAttnConfig  # with the vocabulary of the tokenizer
     blocks: list[dict]  # of held-out text
 
@@ -62,20 +63,19 @@ def read_text(options: argparse.Namespace, plan: Plan, work: Work) -> Text:
         with staged(folder) as new:
             for part, content in zip(("train", "heldout"), lines, strict=True):
                 (new / f"{part}.jsonl").write_text("".join(content))
-            training.train_tokenizer([{"text": text} for text in train_texts], base.vocab_size).save_pretrained(
-                new / "tokenizer"
-            )
-    run = dataclasses.replace(
-        training.read_run(RUN, []), data=str(folder / "train.jsonl"), eval_data=str(folder / "heldout.jsonl")
-    )
+            own_tokenizer = training.train_tokenizer([{"text": text} for text in train_texts], base.vocab_size)
+            own_tokenizer.save_pretrained(new / "tokenizer")
+    data, eval_data = (str(folder / f"{part}.jsonl") for part in ("train", "heldout"))
+    run = dataclasses.replace(training.read_run(RUN, []), data=data, eval_data=eval_data, data_description=None)
     run.training |= {"output_dir": str(work.folder), "max_steps": plan.steps}
     tokenizer = training.load_tokenizer(str(folder / "tokenizer"))
     documents, held_out = training.read_documents(run, training.training_arguments(run)[0])
     # ends here where there is too little
-    data: Any = TASKS[run.task].prepare(run, documents, held_out, tokenizer, 0, print)
+    prepared: Any = TASKS[run.task].prepare(run, documents, held_out, tokenizer, 0, print)
     base = type(base).from_dict(base.to_dict() | {"vocab_size": math.ceil(len(tokenizer) / 64) * 64})
     train_bytes, held_out_bytes = (sum(len(t.encode()) for t in texts) for texts in (train_texts, held_out_texts))
-    return Text(names, folder, train_bytes, held_out_bytes, base, list(itertools.islice(data.held_out, plan.blocks)))
+    blocks = list(itertools.islice(prepared.held_out, plan.blocks))
+    return Text(names, folder, train_bytes, held_out_bytes, run, base, blocks)
 
 
 def split_texts(texts: list[str]) -> tuple[list[str], list[str]]:
@@ -83,11 +83,8 @@ def split_texts(texts: list[str]) -> tuple[list[str], list[str]]:
     every = round(1 / HELD_OUT)
     if len(texts) >= 2 * every:
         return [text for n, text in enumerate(texts) if (n + 1) % every], texts[every - 1 :: every]
-    cuts = [round((1 - HELD_OUT) * len(text)) for text in texts]
-    return (
-        [text[:cut] for text, cut in zip(texts, cuts, strict=True)],
-        [text[cut:] for text, cut in zip(texts, cuts, strict=True)],
-    )
+    parts = [(text[:cut], text[cut:]) for text in texts for cut in [round((1 - HELD_OUT) * len(text))]]
+    return [part for part, _ in parts], [part for _, part in parts]
 
 
 def first(texts: Sequence[str], characters: int) -> list[str]:

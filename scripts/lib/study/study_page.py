@@ -87,33 +87,29 @@ def spread(values: Sequence[float | None]) -> str:
 
 def table(task: Task, rows: list[dict]) -> Table:
     if task.kind == "text":
-        columns = {"loss, nats per byte": lambda run: run["test"]["loss"]}
-        far = [row["runs"][0]["test"].get("by_position") for row in rows]
-        if far[0]:
-            length = far[0][-1]["to"]
-            name = f"loss at {far[0][-1]['from']:,} to {length:,} ÷ the same bytes in rows of {task.length:,}"
-            columns[name] = lambda run: (
-                run["test"]["by_position"][-1]["loss"] / run["test"]["by_position"][-1]["loss_of_training_length"]
-            )
+        figures = {"loss, nats per byte": lambda run: run["test"]["loss"]}
+        if far := rows[0]["runs"][0]["test"].get("by_position"):
+            name = f"loss at {far[-1]['from']:,} to {far[-1]['to']:,} ÷ the same bytes in rows of {task.length:,}"
+            figures[name] = lambda run: rise(run["test"]["by_position"][-1])
     else:
-        columns = {
-            f"right at {int(length):,}": partial(accuracy_at, length=length)
-            for length in rows[0]["runs"][0]["test"]["accuracy"]
-        }
+        lengths = rows[0]["runs"][0]["test"]["accuracy"]
+        figures = {f"right at {int(length):,}": partial(accuracy_at, length=length) for length in lengths}
     cells = []
     for row in sorted(rows, key=lambda row: statistics.fmean(cost(run["test"]) for run in row["runs"])):
-        first, rates = row["runs"][0], list(row["validation"])
-        state = f"{first['state_floats']:,}"
-        if first["state_floats_per_token"]:
-            state += f" + {first['state_floats_per_token']:,}·T"
-        rate = f"{row['learning_rate']:g}"
-        if len(rates) > 1 and row["learning_rate"] in (rates[0], rates[-1]):
-            rate += " (edge)"
-        figures = [spread([column(run) for run in row["runs"]]) for column in columns.values()]
-        seconds = f"{statistics.median(run['seconds'] for run in row['runs']):.0f}"
-        cells.append([row["mixer"], *figures, f"{first['parameters']:,}", state, rate, str(len(row["runs"])), seconds])
-    header = ["mixer", *columns, "parameters", "state", "learning rate", "seeds", "s a run"]
+        runs, rates = row["runs"], list(row["validation"])
+        per_token = runs[0]["state_floats_per_token"]
+        state = f"{runs[0]['state_floats']:,}" + (f" + {per_token:,}·T" if per_token else "")
+        is_edge = len(rates) > 1 and row["learning_rate"] in (rates[0], rates[-1])
+        rate = f"{row['learning_rate']:g}" + (" (edge)" if is_edge else "")
+        own = [spread([figure(run) for run in runs]) for figure in figures.values()]
+        seconds = f"{statistics.median(run['seconds'] for run in runs):.0f}"
+        cells.append([row["mixer"], *own, f"{runs[0]['parameters']:,}", state, rate, str(len(runs)), seconds])
+    header = ["mixer", *figures, "parameters", "state", "learning rate", "seeds", "s a run"]
     return Table("", header, cells, figures=True)
+
+
+def rise(octave: dict) -> float:
+    return octave["loss"] / octave["loss_of_training_length"]
 
 
 def sweeps(rows: list[dict]) -> list[str]:
@@ -139,59 +135,64 @@ def accuracy_at(run: dict, length: str) -> float:
     return run["test"]["accuracy"][length]
 
 
+Points = dict[str, list[tuple[float, float]]]  # mixer → (x, y)
+
+
 def plot_state(rows: list[dict]) -> bytes:
     """Recall over the size of the state at the task's length."""
-    figure, axes = figure_and_axes("numbers in the state", "share of right answers")
+    points: Points = {}
     for row in rows:
         first = row["runs"][0]
         size = first["state_floats"] + first["state_floats_per_token"] * first["settings"]["task"]["length"]
         value = statistics.fmean(next(iter(run["test"]["accuracy"].values())) for run in row["runs"])
-        axes.plot(size, value, "o", label=row["mixer"])
-    axes.set_ylim(-0.02, 1.05)
-    return drawn(figure, axes)
+        points[row["mixer"]] = [(size, value)]
+    return draw("numbers in the state", "share of right answers", (-0.02, 1.05), points)
 
 
 def plot_lengths(rows: list[dict]) -> bytes:
     """Accuracy over the length of the test."""
-    figure, axes = figure_and_axes("tokens", "share of right answers")
-    for row in rows:
-        lengths = [int(length) for length in row["runs"][0]["test"]["accuracy"]]
-        axes.plot(
-            lengths,
-            [statistics.fmean(run["test"]["accuracy"][str(n)] for run in row["runs"]) for n in lengths],
-            "o-",
-            label=row["mixer"],
-        )
-    axes.axvline(rows[0]["runs"][0]["settings"]["task"]["length"], color="gray", linestyle=":", label="trained at")
-    axes.set_ylim(-0.02, 1.05)
-    return drawn(figure, axes)
+    points: Points = {
+        row["mixer"]: [
+            (int(length), statistics.fmean(accuracy_at(run, length) for run in row["runs"]))
+            for length in row["runs"][0]["test"]["accuracy"]
+        ]
+        for row in rows
+    }
+    trained_at = rows[0]["runs"][0]["settings"]["task"]["length"]
+    return draw("tokens", "share of right answers", (-0.02, 1.05), points, trained_at=trained_at)
 
 
 def plot_positions(rows: list[dict]) -> bytes:
     """Loss by position against that of the same bytes in rows of the training length."""
-    figure, axes = figure_and_axes("bytes of text before", "loss ÷ loss of the same bytes in rows as trained")
+    points: Points = {}
     for row in rows:
         octaves = zip(*(run["test"]["by_position"] for run in row["runs"]), strict=True)
-        points = [(o[0]["to"], statistics.fmean(x["loss"] / x["loss_of_training_length"] for x in o)) for o in octaves]
-        axes.plot(*zip(*points, strict=True), "o-", label=row["mixer"])
-    axes.axhline(1.0, color="gray", linestyle=":")
-    axes.set_ylim(0.95, 1.2)
-    return drawn(figure, axes)
+        points[row["mixer"]] = [(octave[0]["to"], statistics.fmean(map(rise, octave))) for octave in octaves]
+    y = "loss ÷ loss of the same bytes in rows as trained"
+    return draw("bytes of text before", y, (0.95, 1.2), points, level=1.0)
 
 
-def figure_and_axes(x: str, y: str) -> tuple[Any, Any]:
+def draw(
+    x: str,
+    y: str,
+    limits: tuple[float, float],
+    points: Points,
+    trained_at: int | None = None,
+    level: float | None = None,
+) -> bytes:
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.set_prop_cycle(color=[colormaps["tab20"](i) for i in range(20)])
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    for name, own in points.items():
+        axes.plot(*zip(*own, strict=True), "o-" if len(own) > 1 else "o", label=name)
+    if trained_at is not None:
+        axes.axvline(trained_at, color="gray", linestyle=":", label="trained at")
+    if level is not None:
+        axes.axhline(level, color="gray", linestyle=":")
+    axes.set(xlabel=x, ylabel=y, ylim=limits)
     axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def drawn(figure: Any, axes: Any) -> bytes:
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return saved(figure, dpi=120)
 

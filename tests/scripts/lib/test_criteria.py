@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from lib.criteria import Criterion, Figure, amount, judge, read_thresholds, verdict
+from lib.criteria import Criterion, Figure, amount, judge, middle_half, read_thresholds, verdict
 
 CRITERIA = {"gap": Criterion("loss above", "%"), "saved": Criterion("cache saved", "%", at_most=False)}
 
@@ -66,6 +66,11 @@ def test_one_that_fails_is_enough():
     passes, fails = judge(CRITERIA["gap"], 5, Figure(1.0)), judge(CRITERIA["gap"], 5, Figure(9.0))
     assert verdict([passes, passes]) == "go"
     assert verdict([passes, fails]) == "no-go"
+
+
+def test_the_middle_half():
+    assert middle_half([4.0, 1.0, 2.0, 3.0, 50.0], "turns") == Figure(3.0, 2.0, 4.0, "middle half of 5 turns")
+    assert middle_half([2.0], "prompts")[:3] == (2.0, 2.0, 2.0)
 
 
 def test_amounts():

@@ -3,7 +3,7 @@ import math
 from pathlib import Path
 
 import pytest
-from lib.page import Plot, Table, digits, finite, markdown, to_json, write_page
+from lib.page import Plot, Table, by_column, digits, finite, markdown, to_json, write_page
 
 TABLE = Table("Times", ["T", "ours"], [["1", "2"]])
 PLOT = Plot("a.png", "Time over T", lambda: b"\x89PNG")
@@ -14,6 +14,11 @@ def test_blocks_by_hand():
     table = "| T | ours |\n| --- | --- |\n| 1 | 2 |"
     figures = table.replace("--- |\n", "---: |\n")
     assert text == f"# A\n\nb\n\nTimes:\n\n{table}\n\n{figures}\n\n![Time over T](a.png)\n"
+
+
+def test_a_table_by_its_columns():
+    table = by_column("Squares", [1, 2], {"x": str, "x²": lambda x: f"{x * x}"}, figures=True)
+    assert table == Table("Squares", ["x", "x²"], [["1", "1"], ["2", "4"]], figures=True)
 
 
 def test_a_page_comes_with_its_plots_or_not_at_all(tmp_path: Path):

@@ -7,9 +7,9 @@ import pytest
 pytest.importorskip("matplotlib", reason="the plots need matplotlib: pip install -e '.[report]'")
 
 from lib.page import Table
+from lib.plots import curves, inline_svg
 from lib.report.contenders import OURS, SOFTMAX
 from lib.report.cost import crossing, last_slope
-from lib.report.drawings import inline_svg, plot
 from lib.report.quality import study_tables
 
 
@@ -31,6 +31,6 @@ def test_the_tables_of_a_study(tmp_path: Path):
 
 
 def test_what_people_name_their_files_does_not_become_markup():
-    drawing = inline_svg(plot("name", 'a "<b>" & c', "x", "y", {"one": {1: 1.0, 2: math.nan, 4: 2.0}}))
+    drawing = inline_svg(curves("name", 'a "<b>" & c', "x", "y", {"one": {1: 1.0, 2: math.nan, 4: 2.0}}))
     drawing = ElementTree.fromstring(str(drawing))
     assert drawing.attrib["aria-label"] == 'a "<b>" & c: y over x'

@@ -2,8 +2,8 @@ import torch
 from lib.benchmark.models import cache_size, equal_configs
 from lib.equal_size import parameter_count
 from lib.report.contenders import KINDS, LINEAR, LOG_VALUES, OURS, PAPER, SOFTMAX, SOFTPLUS
-from lib.report.plan import QUICK_MODEL
 from lib.report.text import first, split_texts
+from lib.report.work import QUICK_MODEL
 from transformers import AutoModelForCausalLM
 
 from modeling_constattn import ConstAttnConfig
