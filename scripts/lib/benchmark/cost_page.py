@@ -142,15 +142,9 @@ def draw_panel(axis: Any, view: View, rows: list[dict], quantity: str, factor: f
     for name, points in curves.items():
         width, order = (3.5, 2) if name == view.ours else (1.3, 3)  # a thin line on a thick one: both are seen
         style = {"linestyle": "--" if name in BOUNDS else "-", "linewidth": width, "marker": "o", "markersize": 4}
-        axis.plot(
-            list(points),
-            [factor * y for y in points.values()],
-            label=name,
-            color=COLOURS.get(name),
-            zorder=order,
-            **style,
-        )
-    ours, peer = curves[view.ours], curves[view.peer]
+        amounts = [factor * y for y in points.values()]
+        axis.plot(list(points), amounts, label=name, color=COLOURS.get(name), zorder=order, **style)
+    ours, peer = (curves.get(name, {}) for name in (view.ours, view.peer))
     by_size = {length: peer[length] / ours[length] for length in ours if length in peer}
     lengths = sorted({length for points in curves.values() for length in points})
     if (crossing := crossover(ratios(rows, view.ours, view.peer) if quantity != "peak_bytes" else by_size)) is not None:

@@ -136,7 +136,7 @@ def constraints_chapter(results: dict) -> list[Block]:
         forms = {CHUNKS: CHUNKS, stability.SCAN: "scan"}
         header = ["tokens", *(f"{label}, {unit}" for unit in ("ms", "MB") for label in forms.values())]
         cells = [
-            [f"{T:,}", *(digits(curves.get(name, {}).get(T)) for curves in measured for name in forms)]
+            [f"{T:,}", *(digits(found.get(name, {}).get(T)) for found in measured for name in forms)]
             for T in sorted(measured[0][CHUNKS])
         ]
         blocks.append(Table(f"Chunks against the scan, {title}: time and peak memory", header, cells))
