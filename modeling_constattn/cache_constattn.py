@@ -297,6 +297,11 @@ class CompressedCacheLayer(ConstAttnCacheLayer):
         state = self.state
         return None if state is None else state.slots.log_S
 
+    def readable_state(self) -> CompressedState | None:
+        """The state, or a copy of what was made under `torch.inference_mode`, which no backward pass may keep."""
+        state = self.state
+        return state if state is None else CompressedState(*(x.clone() if _is_frozen(x) else x for x in state))
+
     def write_state(self, state: CompressedState) -> None:
         """Replaces everything; where gradients flow, by reference, since the backward pass has kept some of what was there."""
         flows = any(tensor.requires_grad for tensor in (*state, *self.tensors.values()))

@@ -219,6 +219,11 @@ class ConstAttnConfig(PreTrainedConfig):
                     f"num_induction_heads={self.num_induction_heads} must be from 0 to {most} in {mixer_type} layers"
                 )
 
+    def validate_rope(self):
+        """As in Transformers, where there are rotary positions at all."""
+        if "compressed_attention" in self.layer_types:
+            super().validate_rope()
+
     def _validate_softmax(self, mixer: str):
         if self.block_type == "heinsen":
             raise ValueError(f"block_type='heinsen' has no {mixer} layers; use block_type='default'")

@@ -332,7 +332,7 @@ class CompressedAttention(nn.Module):
     ) -> Tensor:
         """[B,heads,T,D] of `compressed_attention`; one token is written into the cache where it lies."""
         T = tokens["query"].shape[2]
-        state = None if cache is None else cache.state
+        state = None if cache is None else cache.readable_state()
         if cache is None or state is None or T != 1 or torch.is_grad_enabled() or document_start is not None:
             output, state = compressed_attention(
                 **tokens,

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from modeling_constattn.modeling_constattn import AUTO_MAP
 
-CODE = {f"{name}_constattn.py" for name in ("attention", "cache", "configuration", "modeling", "triton")}
+PARTS = ("attention", "cache", "compressed", "configuration", "heinsen", "modeling", "state_files", "triton")
+CODE = {f"{part}_constattn.py" for part in PARTS}
 FILES = CODE | {"README.md", "config.json", "generation_config.json", "model.safetensors"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 

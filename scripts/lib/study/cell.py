@@ -105,7 +105,7 @@ def score(model: Any, task: Task, split: str) -> dict[str, Any]:
         scores: dict[str, Any] = {"loss": loss if math.isfinite(loss) else None}  # None: the training diverged
         if split == "test" and task.test_lengths:
             scores["by_position"] = by_position(model, task, max(task.test_lengths), seed)
-        kinds = set(model.config.layer_types)
+        kinds = set(model.config.mixer_types)
         if split == "test" and len(kinds) > 1:
             scores["without"] = {
                 kind: losses(without(model, kind), tokens, task.batch).mean().item() for kind in sorted(kinds)
@@ -132,7 +132,7 @@ def without(model: Any, mixer_type: str) -> Any:
     model = copy.deepcopy(model)
     for layer in model.model.layers:
         if layer.mixer_type == mixer_type:
-            layer.mixer.o_proj.weight.zero_()
+            (layer.self_attn if mixer_type == "compressed_attention" else layer.mixer).o_proj.weight.zero_()
     return model
 
 
