@@ -1,4 +1,8 @@
-"""For all tests: no network, caches in a folder that goes away, the scripts importable, small texts, a tiny model."""
+"""For all tests: no network, one thread, caches in a folder that goes away, the scripts importable, small texts, a tiny model.
+
+scripts/test.sh runs them in several processes, one file or class of tests in one of them, so that what these share is made once.
+The process that hands them out imports this file too: hence no torch up here.
+"""
 
 import importlib.util
 import json
@@ -15,14 +19,19 @@ ROOT = Path(__file__).resolve().parent.parent
 _caches = tempfile.TemporaryDirectory(prefix="constattn-tests-")
 os.environ["HF_HOME"] = _caches.name  # before the libraries read it
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Also of the processes that tests start. Tensors are small here: threads would wait for each other, and for other tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Behind all else: scripts/evaluate.py has the name of a library.
 sys.path.append(str(ROOT / "scripts"))
 
-import datasets  # noqa: E402
-import transformers  # noqa: E402
 
-datasets.disable_progress_bars()
-transformers.utils.logging.disable_progress_bar()
+@pytest.fixture(scope="session", autouse=True)
+def no_progress_bars() -> None:
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session")
@@ -38,9 +47,11 @@ def evaluate_script() -> ModuleType:
 @pytest.fixture(scope="module", autouse=True)
 def verbosity() -> Iterator[None]:
     """A script that quietens Transformers does so for its own tests alone."""
-    before = transformers.utils.logging.get_verbosity()
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
     yield
-    transformers.utils.logging.set_verbosity(before)
+    logging.set_verbosity(before)
 
 
 @pytest.fixture(scope="session")
