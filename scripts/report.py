@@ -8,7 +8,7 @@
 --output gets report.html (one file, no scripts in it), report.md with its plots, and results.json, all that was measured.
 
     cost         time and memory of a generated token over context, of a training step over length
-    stability    errors against float64 of the naive form, the paper's scan and ours; approximated exponentials (stability.py)
+    stability    errors against float64 of the naive form, the paper's scan and ours; approximated exponentials
     constraints  positive values against signed ones: loss, gradient norms, cost; the paper's scan against chunks
     quality      held-out loss against softmax and elu+1 linear attention of equal size and budget
     decision     the criteria of --criteria (default: configuration/report/criteria.yaml), a verdict and a roll-out plan
