@@ -10,6 +10,7 @@ from config.json. The card of a published checkpoint is made by the same functio
 
 import argparse
 import json
+import math
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,15 @@ def make_card(folder: Path, reports: Path, repo_id: str | None = None) -> ModelC
 
 
 def read_report(file: Path) -> dict[str, Any] | None:
+    def finite(text: str) -> float:
+        if not math.isfinite(float(text)):
+            raise ValueError(f"it holds {text}, which is no result")
+        return float(text)
+
     if not file.exists():
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"), parse_float=finite, parse_constant=finite)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: '{file}' cannot be read: {error}") from error
 

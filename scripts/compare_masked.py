@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> dict:
     run = training.read_run(RUN, overrides + (QUICK if options.quick else []))
     if options.steps:
         run.training["max_steps"] = options.steps
-    args, _ = training.training_arguments(run)
+    args = training.training_arguments(run)
 
     base = QUICK_MODEL if options.quick else load_config(ROOT / run.model)
     documents, held_out = training.read_documents(run, args)

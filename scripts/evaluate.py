@@ -14,6 +14,7 @@ import importlib
 import io
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -80,6 +81,11 @@ def main(arguments: list[str] | None = None) -> dict:
         **metric.compute(),
         "tokens_per_second": tokens / seconds,
     }
+    if without_value := [
+        name for name, value in result.items() if isinstance(value, float) and not math.isfinite(value)
+    ]:
+        names = ", ".join(f"{name} {result[name]}" for name in without_value)
+        raise SystemExit(f"error: '{options.checkpoint}' has no score on this text: {names}")
     for name, value in result.items():
         text = (
             ", ".join(value) if isinstance(value, list) else f"{value:,.4f}" if isinstance(value, float) else str(value)
@@ -87,7 +93,7 @@ def main(arguments: list[str] | None = None) -> dict:
         print(f"{name:<18} {text:>12}")
     if options.output:
         with staged_file(options.output) as file:
-            file.write_text(json.dumps(result, indent=2) + "\n")
+            file.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     return result
 
 

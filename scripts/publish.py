@@ -23,7 +23,7 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from lib.checkpoints import architecture, load_config, load_model, load_tokenizer, reason
-from lib.staging import staged
+from lib.staging import locked, staged
 
 
 def main(arguments: list[str] | None = None) -> Path:
@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> Path:
     api = HfApi()
     if not options.dry_run:
         check_token(api)
-    folder = write_folder(options.checkpoint, options.repo_id)
+    with locked(options.checkpoint):
+        folder = write_folder(options.checkpoint, options.repo_id)
     for file in sorted(folder.iterdir()):
         print(f"{file.stat().st_size:>16,} bytes  {file.name}")
     if options.dry_run:

@@ -14,7 +14,8 @@ classifier one document. With `state_block`, such blocks may be as long as docum
 tokens at a time.
 
 In the end `training.output_dir` holds the model, its tokenizer, training_summary.json and the settings as training.yaml,
-each complete before it takes the place of an earlier one. With `lora`, the model is the checkpoint with the LoRA weights
+each complete before it takes the place of an earlier one; a run whose loss or gradients become NaN or infinite ends there, and
+writes none. No other run may write there meanwhile. With `lora`, the model is the checkpoint with the LoRA weights
 merged into it, an ordinary one; the checkpoint-* folders hold the LoRA weights alone.
 """
 

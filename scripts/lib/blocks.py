@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, Trainer
+from transformers import DynamicCache
+
+from lib.trainer import StrictTrainer
 
 
-class BlockTrainer(Trainer):
+class BlockTrainer(StrictTrainer):
     """For causal language models: batches of "input_ids" and "labels" [B,T], without padding."""
 
     def __init__(self, *args: Any, state_block: int, detach_state: bool, **kwargs: Any):
@@ -24,9 +26,10 @@ class BlockTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> Tensor:
         if not self.detach_state:
             return super().training_step(model, inputs, num_items_in_batch)
-        return sum(
+        losses = [
             super(BlockTrainer, self).training_step(model, block, num_items_in_batch) for block in self.cut(inputs)
-        )
+        ]
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -10,10 +10,12 @@ empty or too large) ends the script here.
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_constattn.modeling_constattn import AUTO_CLASSES  # importing the package registers the Auto classes
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -77,9 +79,25 @@ def load_model(
             faults = [key for key in faults if key.startswith(f"{model.base_model_prefix}.")]
         if faults:
             raise SystemExit(f"error: the weights of '{name}' do not fit its config.json: {kind} {faults}")
+    if weight := weight_without_value(model):
+        raise SystemExit(f"error: weight {weight} of '{name}' holds NaN or infinity: its training diverged")
     if tokenizer is not None:
         check_vocabulary(model.config, tokenizer)
     return model
+
+
+def weight_without_value(model: Any) -> str | None:
+    """The name of a weight that holds NaN or infinity, if there is one; those of quantised models are not looked at."""
+    for name, parameter in model.named_parameters():
+        tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter.data  # split among processes
+        if (
+            type(tensor) is torch.Tensor
+            and tensor.dtype in FLOATS
+            and not tensor.is_meta
+            and not tensor.isfinite().all()
+        ):
+            return name
+    return None
 
 
 def check_vocabulary(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -6,6 +6,7 @@ A file holds what differs for one run, the fields of `Run`; `training.read_run` 
 """
 
 import difflib
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,18 @@ class Run:
 
 
 class RunLoader(yaml.SafeLoader):
-    """YAML as people mean it: 1e-3 is a number, `no` a word (to PyYAML, which reads YAML 1.1, it is the other way)."""
+    """YAML as people mean it: 1e-3 is a number, `no` a word (to PyYAML, which reads YAML 1.1, it is the other way).
+
+    A key that is there twice is an error, as YAML has it. (PyYAML takes the last.)
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if (key.tag, str(key.value)) in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' is there twice", problem_mark=key.start_mark)
+            seen.add((key.tag, str(key.value)))
+        return super().construct_mapping(node, deep)
 
 
 RunLoader.yaml_implicit_resolvers = {
@@ -60,7 +72,7 @@ def read_mapping(file: Path, kind: str, lines: str = "key: value") -> dict:
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), Loader=RunLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SystemExit(f"error: {kind} file '{file}' cannot be read: {error}") from error
+        raise SystemExit(f"error: {kind} file '{file}' cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise SystemExit(f"error: {kind} file '{file}' holds no '{lines}' lines")
     return values
@@ -71,6 +83,8 @@ def check_keys(values: dict, types: dict, known: list[str], prefix: str) -> None
         if key not in types:
             nearest = difflib.get_close_matches(f"{prefix}{key}", known, n=1, cutoff=0)[0]
             raise SystemExit(f"error: unknown key '{prefix}{key}'; the nearest known one is '{nearest}'")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SystemExit(f"error: {prefix}{key} is {value}; it should be a finite number")
         candidates = [value, float(value)] if type(value) is int else [value]  # 1 is a fine float
         for number, candidate in enumerate(candidates, start=1):
             try:

@@ -174,10 +174,13 @@ class HideTokens:
             ends = torch.arange(1, tokens.shape[1] + 1) + words
             offsets = torch.stack([ends - 1, ends], -1)
         self.collator.generator = generator
-        tokens, labels = self.collator.torch_mask_tokens(
-            tokens, special_tokens_mask=torch.isin(tokens, self.special), offset_mapping=offsets
-        )
-        return {"input_ids": tokens, "labels": labels}
+        special = torch.isin(tokens, self.special)
+        while True:
+            inputs, labels = self.collator.torch_mask_tokens(
+                tokens, special_tokens_mask=special, offset_mapping=offsets
+            )
+            if (labels != -100).any() or special.all():  # of a batch in which nothing is hidden, the loss is 0/0
+                return {"input_ids": inputs, "labels": labels}
 
     def once(self, block: dict, index: int, seed: int, code: str = CODE) -> dict[str, list[int]]:
         batch = self([block], torch.Generator().manual_seed(seed + index))

@@ -3,6 +3,7 @@
 summary = train(read_run(Path("configuration/training/tiny.yaml"), ["training.max_steps=50"]))
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -24,19 +25,20 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from lib.blocks import BlockTrainer
 from lib.checkpoints import WEIGHTS, check_vocabulary, has_weights, load_config, load_model, load_tokenizer
 from lib.documents import load_documents, source_names, start_token_id
 from lib.runs import Run, RunLoader, check_keys, read_mapping
-from lib.staging import staged
+from lib.staging import locked, staged
 from lib.tasks import TASKS
+from lib.trainer import StrictTrainer
 
 # more text than this hardly changes a byte-level BPE and takes long to count
 TOKENIZER_TRAINING_CHARACTERS = 200_000_000
@@ -49,12 +51,20 @@ TRAINING_DEFAULTS = {
     "include_num_input_tokens_seen": "all",  # tokens/s
     "remove_unused_columns": False,  # what tasks.py makes, its batches are made of
     "dataloader_pin_memory": torch.cuda.is_available(),  # the library's default warns on a machine without a GPU
+    "logging_nan_inf_filter": False,  # such a loss ends the run
 }
 
 
 def train(run: Run) -> dict:
     """Trains and saves; returns what training_summary.json holds."""
-    args, checkpoint = training_arguments(run)
+    args = training_arguments(run)
+    with locked(Path(str(args.output_dir))) if args.should_save else contextlib.nullcontext():
+        return train_there(run, args)
+
+
+def train_there(run: Run, args: TrainingArguments) -> dict:
+    """What `train` does, while no other run writes to training.output_dir."""
+    checkpoint = checkpoint_to_resume(run, args)
     say = print if args.process_index == 0 else lambda *_, **__: None
 
     with args.main_process_first(desc="reading the data"):  # the other processes then find it in the datasets cache
@@ -73,7 +83,7 @@ def train(run: Run) -> dict:
         say(f"LoRA: {model.num_parameters(only_trainable=True):,} parameters")
 
     throughput = Throughput()
-    trainer_class: Any = Trainer
+    trainer_class: Any = StrictTrainer
     if run.state_block is not None:
         trainer_class = functools.partial(BlockTrainer, state_block=run.state_block, detach_state=run.detach_state)
     try:
@@ -90,6 +100,11 @@ def train(run: Run) -> dict:
     except (RuntimeError, ValueError, ImportError) as error:  # a report_to that is not installed, …
         raise SystemExit(f"error: training: {error}") from error
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.check_last_step()
+    earlier = Path(str(args.output_dir)) / "training_summary.json"
+    if not throughput.seconds and earlier.exists():  # a finished run was resumed
+        measured = json.loads(earlier.read_text())
+        throughput.seconds, throughput.rate = measured["seconds"], measured["tokens_per_second"]
     metrics = trainer.evaluate() if data.held_out is not None else {}
 
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -115,6 +130,7 @@ def train(run: Run) -> dict:
             if value is not None and key not in keys_of_other_tasks(run.task)
         },
     }
+    summary["run"]["training"].pop("resume_from_checkpoint", None)  # how it came about, not what it is
     save(trainer, summary)
     measured = {"held-out loss": "eval_loss", "held-out accuracy": "eval_accuracy"}
     losses = [f"loss {summary['loss']:.4f}"]
@@ -123,7 +139,7 @@ def train(run: Run) -> dict:
     return summary
 
 
-def save(trainer: Trainer, summary: dict) -> None:
+def save(trainer: StrictTrainer, summary: dict) -> None:
     """The model and all that belongs to it, into training.output_dir."""
     output, publish = Path(str(trainer.args.output_dir)), trainer.args.should_save
     if summary["run"].get("lora") is not None:
@@ -132,7 +148,7 @@ def save(trainer: Trainer, summary: dict) -> None:
     with staged(output, publish) as folder:
         trainer.save_model(str(folder))  # every process has a part in it
         if publish:
-            (folder / "training_summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            (folder / "training_summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
             (folder / "training.yaml").write_text(yaml.safe_dump(summary["run"], sort_keys=False, allow_unicode=True))
             written = {file.name for file in folder.iterdir()}
     if publish:
@@ -215,16 +231,18 @@ def keys_of_other_tasks(task: str) -> dict[str, str]:
     return {key: name for name, other in TASKS.items() if name != task for key in other.keys}
 
 
-def training_arguments(run: Run) -> tuple[TrainingArguments, str | None]:
-    """The TrainingArguments, and the checkpoint folder to resume from, if any, after a look at whether it is whole."""
+def training_arguments(run: Run) -> TrainingArguments:
     settings = TRAINING_DEFAULTS | run.training
-    resume = settings.pop("resume_from_checkpoint", None)
-    output = settings["output_dir"]
+    settings.pop("resume_from_checkpoint", None)
     try:
-        args = TrainingArguments(**settings)
+        return TrainingArguments(**settings)
     except (TypeError, ValueError, ImportError) as error:
         raise SystemExit(f"error: training: {error}") from error
 
+
+def checkpoint_to_resume(run: Run, args: TrainingArguments) -> str | None:
+    """The checkpoint folder to resume from, if any, after a look at whether it is whole."""
+    resume, output = run.training.get("resume_from_checkpoint"), str(args.output_dir)
     latest = get_last_checkpoint(output) if Path(output).is_dir() else None
     if not resume:
         if latest:
@@ -232,23 +250,24 @@ def training_arguments(run: Run) -> tuple[TrainingArguments, str | None]:
                 f"error: '{output}' holds checkpoints of an earlier run; go on from them with "
                 "training.resume_from_checkpoint=true, or delete them, or name another training.output_dir"
             )
-        return args, None
+        return None
     checkpoint = latest if resume is True else str(resume)
     if checkpoint is None:
         raise SystemExit(f"error: training.resume_from_checkpoint is true, but '{output}' holds no checkpoint-* folder")
-    check_checkpoint(Path(checkpoint))
-    return args, checkpoint
+    check_checkpoint(Path(checkpoint), args)
+    return checkpoint
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Ends the script if a file that resuming needs is missing or cut off, before anything is computed."""
+def check_checkpoint(folder: Path, args: TrainingArguments) -> None:
+    """Ends the script if something that resuming needs is missing or cut off, before anything is computed."""
     if not folder.is_dir():
         raise SystemExit(f"error: no such checkpoint folder: '{folder}'")
     try:
-        json.loads((folder / "trainer_state.json").read_text())
-        for name in ("optimizer.pt", "scheduler.pt"):
-            if (folder / name).exists() and not zipfile.is_zipfile(folder / name):
-                raise ValueError(f"{name} is cut off")
+        if TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step < 1:
+            raise ValueError("trainer_state.json does not say which step this is")
+        for file in [file for suffix in ("pt", "pth", "bin") for file in folder.glob(f"*.{suffix}")]:
+            if not zipfile.is_zipfile(file):
+                raise ValueError(f"{file.name} is cut off")
         if not has_weights(folder) and not [*folder.glob("pytorch_model_fsdp*"), *folder.glob("adapter_model.*")]:
             raise ValueError(f"none of {', '.join(WEIGHTS)} is there")
         shards = {file.name for file in folder.glob("*.safetensors")}
@@ -257,6 +276,12 @@ def check_checkpoint(folder: Path) -> None:
         for name in shards:
             with safe_open(folder / name, framework="pt"):  # compares the header with the file's length
                 pass
+        # Without these Trainer would go on all the same, to other weights. DeepSpeed has its optimizer in a folder of its own.
+        needed = ["rng_state.pth" if args.world_size == 1 else f"rng_state_{args.process_index}.pth"]
+        if not any(folder.glob("global_step*")):
+            needed += ["optimizer*", "scheduler.pt"]  # FSDP's optimizer is a folder
+        if missing := [name for name in needed if not any(folder.glob(name))]:
+            raise ValueError(f"{', '.join(missing)} is not there")
     except Exception as error:  # missing, cut off, not JSON: each library has its own
         raise SystemExit(
             f"error: checkpoint '{folder}' is damaged: {error}; with it deleted, the run goes on from the one before"
@@ -406,11 +431,7 @@ class Throughput(TrainerCallback):
     """Tokens per second of training alone: the time of evaluations and checkpoints is left out."""
 
     seconds = 0.0
-    tokens = 0
-
-    @property
-    def rate(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
+    rate = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.tokens_before = state.num_input_tokens_seen
@@ -419,7 +440,7 @@ class Throughput(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self.mark
         self.mark = time.perf_counter()
-        self.tokens = state.num_input_tokens_seen - self.tokens_before
+        self.rate = (state.num_input_tokens_seen - self.tokens_before) / self.seconds
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.mark = time.perf_counter()

@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -135,9 +136,19 @@ def test_the_shipped_measurements_belong_to_the_shipped_configuration():
             assert set(json.loads(quickstart.read_text())["cache_bytes"].values()) == {state_bytes}
 
 
-def test_a_report_that_cannot_be_read(measured: Path):
-    (measured / "evaluation.json").write_text('{"bits')
-    with pytest.raises(SystemExit, match=r"error: '.*evaluation\.json' cannot be read"):
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda text: text[:6], "Unterminated string"),
+        (lambda text: text.replace('"perplexity": ', '"perplexity": Infinity, "x": '), "it holds Infinity"),
+        (lambda text: text.replace('"loss": ', '"loss": NaN, "x": '), "it holds NaN"),
+        (lambda text: text.replace('"loss": ', '"loss": 1e999, "x": '), "it holds 1e999"),
+    ],
+)
+def test_a_report_that_cannot_be_read(measured: Path, change: Callable[[str], str], says: str):
+    file = measured / "evaluation.json"
+    file.write_text(change(file.read_text()))
+    with pytest.raises(SystemExit, match=rf"error: '.*evaluation\.json' cannot be read: {says}"):
         card.make_card(measured, measured)
 
 

@@ -72,7 +72,7 @@ def test_all_train_on_the_same_tokens_with_the_same_hidden(
 ):
     seen: list[list[torch.Tensor]] = []
 
-    class Watched(compare_masked.training.Trainer):
+    class Watched(compare_masked.training.StrictTrainer):
         def training_step(self, model, inputs, *args, **kwargs):
             seen[-1].append(torch.cat([inputs["input_ids"], inputs["labels"]]))
             return super().training_step(model, inputs, *args, **kwargs)
@@ -81,7 +81,7 @@ def test_all_train_on_the_same_tokens_with_the_same_hidden(
             seen.append([])
             return super().train(*args, **kwargs)
 
-    monkeypatch.setattr(compare_masked.training, "Trainer", Watched)
+    monkeypatch.setattr(compare_masked.training, "StrictTrainer", Watched)
     shutil.copytree(folder / "docs", tmp_path / "docs")
     compare(tmp_path)
     batches = [torch.stack(steps) for steps in seen]

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import evaluate
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -71,6 +73,7 @@ def test_as_a_command_beside_the_library_of_the_same_name(trained: Path, docs: P
         ("empty", "docs", "folder 'empty' holds no tokenizer"),
         ("trained", "nowhere.txt", "no such file or folder: 'nowhere.txt'"),
         ("trained", "blank.jsonl", "blank.jsonl: no text in there"),
+        ("hopeless", "docs", "'hopeless' has no score on this text: perplexity inf"),
     ],
 )
 def test_bad_input(
@@ -86,6 +89,10 @@ def test_bad_input(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank.jsonl").write_text('{"text": ""}\n')
+    weights = load_file(trained / "model.safetensors")
+    weights["model.norm.weight"] *= 1e6
+    shutil.copytree(trained, "hopeless")
+    save_file(weights, "hopeless/model.safetensors", metadata={"format": "pt"})
     names = {"trained": str(trained), "docs": str(docs)}
     with pytest.raises(SystemExit) as error:
         evaluate_script.main([names.get(checkpoint, checkpoint), names.get(data, data), "--output", "out.json"])

@@ -18,11 +18,12 @@ from hub import TOKEN, Hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from modeling_constattn.modeling_constattn import AUTO_MAP
 
-PARTS = ("attention", "cache", "compressed", "configuration", "heinsen", "modeling", "state_files", "triton")
-CODE = {f"{part}_constattn.py" for part in PARTS}
+MODEL = ROOT / "modeling_constattn/modeling_constattn.py"
+CODE = {Path(file).name for file in [MODEL, *get_relative_import_files(MODEL)]}
 FILES = CODE | {"README.md", "config.json", "generation_config.json", "model.safetensors"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 
@@ -203,6 +204,7 @@ def test_private_is_private(checkpoint: Path, hub: Hub):
         (["empty", "me/tiny"], "model 'empty' is a folder without config.json"),
         (["no weights", "me/tiny"], "folder 'no weights' holds no weights"),
         (["cut off", "me/tiny"], "folder 'cut off' has no model that can be loaded"),
+        (["diverged", "me/tiny"], "weight model.norm.weight of 'diverged' holds NaN or infinity"),
         (["other", "me/tiny"], "'other' is a model of type 'gpt2', not a ConstAttn checkpoint"),
         (["bad card", "me/tiny"], "the metadata of 'bad card/README.md' cannot be read"),
         (["bad tokenizer", "me/tiny"], "folder 'bad tokenizer' has no tokenizer that can be loaded"),
@@ -218,10 +220,13 @@ def test_bad_input(
 ):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    for name in ("good", "no weights", "cut off", "other", "bad card", "bad tokenizer"):
+    for name in ("good", "no weights", "cut off", "diverged", "other", "bad card", "bad tokenizer"):
         shutil.copytree(checkpoint, name)
     Path("no weights/model.safetensors").unlink()
     Path("cut off/model.safetensors").write_bytes(Path("good/model.safetensors").read_bytes()[:-10])
+    weights = load_file("good/model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, "diverged/model.safetensors", metadata={"format": "pt"})
     Path("other/config.json").write_text('{"model_type": "gpt2"}')
     Path("bad card/README.md").write_text("---\n- a list\n---\n")
     Path("bad tokenizer/tokenizer.json").write_text("{")
@@ -231,7 +236,7 @@ def test_bad_input(
     assert says in str(error.value)
     assert hub.sent == []
     assert hub.repos == {}
-    assert not list(tmp_path.glob("*/hub.incomplete"))
+    assert not list(tmp_path.glob("*/.hub.incomplete"))
 
 
 @pytest.mark.parametrize(

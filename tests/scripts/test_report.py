@@ -167,7 +167,7 @@ def test_an_interrupted_training_goes_on(made: int, folders: Folders, monkeypatc
     before = json.loads(file.read_text())["result"]
     file.unlink()
     model = file.with_suffix("") / "model"
-    step, save, steps = training.Trainer.training_step, training.save, []
+    step, save, steps = training.StrictTrainer.training_step, training.save, []
 
     def stopped(*args, **kwargs):
         raise KeyboardInterrupt
@@ -179,14 +179,16 @@ def test_an_interrupted_training_goes_on(made: int, folders: Folders, monkeypatc
         return step(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Trainer, "training_step", counted)
+        patch.setattr(training.StrictTrainer, "training_step", counted)
         patch.setattr(training, "save", stopped)
         with pytest.raises(KeyboardInterrupt):
             folders.run()
     assert [folder.name for folder in model.glob("checkpoint-*")] == [f"checkpoint-{made}"]
     steps.clear()
     monkeypatch.setattr(report, "write_report", lambda *arguments: None)  # the page is the same
-    monkeypatch.setattr(training.Trainer, "training_step", lambda *args, **kw: steps.append(1) or step(*args, **kw))
+    monkeypatch.setattr(
+        training.StrictTrainer, "training_step", lambda *args, **kw: steps.append(1) or step(*args, **kw)
+    )
     folders.run()
     assert len(steps) == (1 if made == 1 else 2)
     after = json.loads(file.read_text())["result"]

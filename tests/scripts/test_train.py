@@ -1,10 +1,14 @@
+import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +19,11 @@ from conftest import ROOT
 from datasets import Dataset
 from lib import tasks, training
 from lib.documents import load_documents
+from lib.runs import read_mapping
+from lib.staging import locked
+from lib.trainer import StrictTrainer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 
 def run(run_file: Path, *overrides: str) -> dict:
@@ -77,21 +84,39 @@ def test_as_a_command_with_settings_of_its_own(run_file: Path, tmp_path: Path):
     assert summary(out)["steps"] == 2
 
 
-def test_a_resumed_run_equals_an_unbroken_one(run_file: Path, tmp_path: Path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    settings = ["training.save_steps=3", "training.max_steps=6", "training.logging_steps=1"]
-    run(run_file, f"training.output_dir={whole}", *settings)
-    broken.mkdir()
-    shutil.copytree(whole / "checkpoint-3", broken / "checkpoint-3")  # all that a run killed after step 3 leaves
-    run(run_file, f"training.output_dir={broken}", *settings, "training.resume_from_checkpoint=true")
+SIX_STEPS = ["training.save_steps=3", "training.max_steps=6", "training.logging_steps=1"]
+RESUME = "training.resume_from_checkpoint=true"
 
-    one, other = summary(whole), summary(broken)
+
+@pytest.fixture(scope="module")
+def unbroken(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of six steps, with checkpoints of the third and the sixth."""
+    folder = tmp_path_factory.mktemp("unbroken") / "out"
+    run(run_file, f"training.output_dir={folder}", *SIX_STEPS)
+    return folder
+
+
+def test_a_resumed_run_equals_an_unbroken_one(unbroken: Path, run_file: Path, tmp_path: Path):
+    # all that a run killed after step 3 leaves
+    shutil.copytree(unbroken / "checkpoint-3", tmp_path / "checkpoint-3")
+    run(run_file, f"training.output_dir={tmp_path}", *SIX_STEPS, RESUME)
+
+    one, other = summary(unbroken), summary(tmp_path)
     assert other["tokens_per_second"] * other["seconds"] == pytest.approx(3 * 4 * 64)  # the other three steps alone
     for key in ("loss", "eval_loss", "tokens", "steps"):
         assert one[key] == other[key]
-    weights, again = (load_file(folder / "model.safetensors") for folder in (whole, broken))
+    weights, again = (load_file(folder / "model.safetensors") for folder in (unbroken, tmp_path))
     for name, tensor in weights.items():
         assert torch.equal(tensor, again[name]), name
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(unbroken: Path, run_file: Path, tmp_path: Path):
+    out = shutil.copytree(unbroken, tmp_path / "out")
+    result = summary(out)
+    result["run"]["training"]["output_dir"] = str(out)
+    (out / "model.safetensors").unlink()  # as if it had been killed before it wrote its result
+    assert run(run_file, f"training.output_dir={out}", *SIX_STEPS, RESUME) == result
+    assert (out / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
 
 
 def test_fine_tuning_goes_on_from_the_checkpoint(trained: Path, run_file: Path, tmp_path: Path):
@@ -155,7 +180,7 @@ def test_held_out_documents_are_others_and_always_the_same(run_file: Path, docs:
     def split(seed: int) -> tuple[list[str], list[str]]:
         settings = [f"training.output_dir={tmp_path}", f"training.seed={seed}", "eval_fraction=0.3"]
         run = training.read_run(run_file, settings)
-        parts = training.read_documents(run, training.training_arguments(run)[0])
+        parts = training.read_documents(run, training.training_arguments(run))
         return parts[0]["text"][:], parts[1]["text"][:]
 
     everything = [row["text"] for row in load_documents(str(docs))]
@@ -192,7 +217,9 @@ def copy_of(folder: Path, tmp_path: Path) -> Path:
         (["block_size=1"], "block_size is 1; a block needs at least 2 tokens"),
         (["training.max_steps=ten"], "training.max_steps is 'ten'; it should be int"),
         (["training.learning_rate=fast"], "training.learning_rate is 'fast'; it should be float"),
+        (["training.learning_rate=.nan"], "training.learning_rate is nan; it should be a finite number"),
         (["training=3"], "training is 3; it should be dict"),
+        (["training={seed: 1, max_steps: 2, seed: 3}"], "the key 'seed' is there twice"),
         (["training.lr_scheduler_type=cosinus"], "cosinus is not a valid SchedulerType"),
         (["training.output_dir=null"], "training.output_dir is not given"),
         (["data=null"], "data is None; it should be str | dict | list"),
@@ -235,13 +262,29 @@ def test_bad_input(run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", [None, "- a list\n", "a: [", b"\xff\xfe"])
-def test_bad_run_files(tmp_path: Path, content: Any):
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "No such file"),
+        (b"- a list\n", "holds no 'key: value' lines"),
+        (b"a: [", "expected the node content"),
+        (b"\xff\xfe", "can't decode byte 0xff"),
+        (b"model: a\ndata: b\ntraining: {}\nmodel: c\n", "the key 'model' is there twice .*line 4"),
+    ],
+)
+def test_bad_run_files(tmp_path: Path, content: bytes | None, says: str):
     file = tmp_path / "run.yaml"
     if content is not None:
-        file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(SystemExit, match=r"error: run file '.*run\.yaml'"):
+        file.write_bytes(content)
+    with pytest.raises(SystemExit, match=rf"error: run file '.*run\.yaml' .*{says}") as error:
         run(file)
+    assert "\n" not in str(error.value)
+
+
+def test_keys_may_be_merged(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("all: &all {a: 1, b: 2}\none: {<<: *all, b: 3}\n")
+    assert read_mapping(file, "run")["one"] == {"a": 1, "b": 3}
 
 
 def test_a_tokenizer_larger_than_the_vocabulary(trained: Path, config_folder: Path, run_file: Path, tmp_path: Path):
@@ -269,15 +312,84 @@ def test_a_damaged_model_is_not_trained(trained: Path, run_file: Path, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
-def test_a_damaged_checkpoint_is_not_resumed(run_file: Path, tmp_path: Path, name: str):
-    settings = [f"training.output_dir={tmp_path / 'out'}", "training.max_steps=2"]
-    run(run_file, *settings)
-    cut_off(tmp_path / "out/checkpoint-2" / name)
-    before = contents(tmp_path / "out")
-    with pytest.raises(SystemExit, match=r"error: checkpoint '.*checkpoint-2' is damaged"):
-        run(run_file, *settings, "training.resume_from_checkpoint=true")
-    assert contents(tmp_path / "out") == before
+@pytest.mark.parametrize(
+    ("name", "damage", "says"),
+    [
+        ("model.safetensors", cut_off, ""),
+        ("optimizer.pt", cut_off, "optimizer.pt is cut off"),
+        ("scheduler.pt", cut_off, "scheduler.pt is cut off"),
+        ("rng_state.pth", cut_off, "rng_state.pth is cut off"),
+        ("trainer_state.json", cut_off, ""),
+        ("model.safetensors", Path.unlink, "is there"),
+        ("optimizer.pt", Path.unlink, "optimizer* is not there"),
+        ("scheduler.pt", Path.unlink, "scheduler.pt is not there"),
+        ("rng_state.pth", Path.unlink, "rng_state.pth is not there"),
+        ("trainer_state.json", Path.unlink, "No such file"),
+        ("trainer_state.json", lambda file: file.write_text("{}"), "does not say which step this is"),
+        ("trainer_state.json", lambda file: file.write_text("[]"), ""),
+        ("trainer_state.json", lambda file: file.write_text('{"steps": 3}'), "steps"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_damaged_checkpoint_is_not_resumed(
+    unbroken: Path, run_file: Path, tmp_path: Path, name: str, damage: Callable[[Path], Any], says: str
+):
+    shutil.copytree(unbroken / "checkpoint-3", tmp_path / "checkpoint-3")
+    damage(tmp_path / "checkpoint-3" / name)
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit, match=rf"error: checkpoint '.*checkpoint-3' is damaged: .*{re.escape(says)}"):
+        run(run_file, f"training.output_dir={tmp_path}", *SIX_STEPS, RESUME)
+    assert contents(tmp_path) == before | {".lock": b""}
+
+
+def test_a_checkpoint_of_another_model_is_not_resumed(unbroken: Path, run_file: Path, tmp_path: Path):
+    shutil.copytree(unbroken / "checkpoint-3", tmp_path / "checkpoint-3")
+    weights = load_file(unbroken / "checkpoint-3/model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "checkpoint-3/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match=r"the checkpoint lacks weights of this model: model\.norm\.weight"):
+        run(run_file, f"training.output_dir={tmp_path}", *SIX_STEPS, RESUME)
+
+
+def test_two_runs_do_not_write_to_one_folder(run_file: Path, tmp_path: Path):
+    with locked(tmp_path / "out"), pytest.raises(SystemExit, match=r"another process writes to '.*out': wait for it"):
+        run(run_file, f"training.output_dir={tmp_path / 'out'}")
+
+
+def test_a_folder_that_cannot_be_written(run_file: Path, tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"error: '.*file' cannot be written to: File exists"):
+        run(run_file, f"training.output_dir={tmp_path / 'file'}")
+
+
+# A run that diverges: it ends with one line, and a good model stays
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ([], "gradient norm"),
+        (["training.gradient_accumulation_steps=2"], "gradient norm"),
+        (["training.max_grad_norm=0"], "gradient norm"),
+        (["state_block=16"], "gradient norm"),
+        (["training.learning_rate=1e10"], "loss"),
+        (["training.learning_rate=1e10", "training.use_cpu=true", "training.bf16=true"], "loss"),
+        (["training.learning_rate=1e10", "state_block=16"], "loss"),
+        (
+            ["training.learning_rate=1e10", "training.max_steps=1", "eval_fraction=null"],
+            "loss",
+        ),  # no further step shows it
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_run_that_diverges(trained: Path, run_file: Path, tmp_path: Path, overrides: list[str], says: str):
+    out = copy_of(trained, tmp_path)
+    before = contents(out)
+    settings = ["training.save_strategy=no", "training.max_steps=4", "training.learning_rate=1e30", *overrides]
+    with pytest.raises(SystemExit) as error:
+        run(run_file, f"training.output_dir={out}", *settings)
+    assert str(error.value).startswith(f"error: after step 1: {says} is nan; this model is not written. A smaller")
+    assert contents(out) == before
 
 
 def test_checkpoints_of_another_run_are_not_mixed_in(run_file: Path, tmp_path: Path):
@@ -293,11 +405,11 @@ def test_a_result_that_cannot_be_written_leaves_the_earlier_one(
     out = copy_of(trained, tmp_path)
     before = contents(out)
 
-    def disk_full(self: Trainer, folder: str) -> None:
+    def disk_full(self: StrictTrainer, folder: str) -> None:
         (Path(folder) / "model.safetensors").write_text("half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(Trainer, "save_model", disk_full)
+    monkeypatch.setattr(StrictTrainer, "save_model", disk_full)
     with pytest.raises(OSError, match="No space left"):
         run(run_file, f"training.output_dir={out}", "training.save_strategy=no")
     assert contents(out) == before
@@ -315,6 +427,41 @@ def test_what_belongs_to_an_earlier_model_goes(trained: Path, run_file: Path, tm
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def strict_trainer(model: torch.nn.Module, folder: Path, **settings: Any) -> StrictTrainer:
+    return StrictTrainer(model, TrainingArguments(str(folder), report_to="none", use_cpu=True, **settings))
+
+
+def test_weights_without_a_value_are_written_nowhere(trained: Path, tmp_path: Path):
+    trainer = strict_trainer(AutoModelForCausalLM.from_pretrained(trained), tmp_path)
+    trainer.model.model.norm.weight.data[3] = math.inf
+    with pytest.raises(SystemExit, match=r"error: after step 0: weight model\.norm\.weight holds NaN or infinity"):
+        trainer.save_model(str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_score_without_a_value_ends_the_run(trained: Path, tmp_path: Path):
+    trainer = strict_trainer(AutoModelForCausalLM.from_pretrained(trained), tmp_path)
+    trainer.model.model.norm.weight.data[3] = math.nan
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}])
+    with pytest.raises(SystemExit, match="error: after step 0: eval_loss is nan"):
+        trainer.evaluate(rows)
+
+
+@pytest.mark.parametrize(("scale", "stops"), [(None, True), (65536.0, False), (1.0, False), (0.5, True)])
+def test_half_precision_leaves_steps_out_before_it_gives_up(
+    trained: Path, tmp_path: Path, scale: float | None, stops: bool
+):
+    trainer = strict_trainer(AutoModelForCausalLM.from_pretrained(trained), tmp_path)
+    if scale is not None:
+        trainer.accelerator.scaler = SimpleNamespace(get_scale=lambda: scale)
+    norm = torch.tensor(math.inf)
+    with pytest.raises(SystemExit, match="gradient norm is inf") if stops else contextlib.nullcontext():
+        assert trainer._get_grad_norm(trainer.model, norm) is norm
+    trainer.log({"loss": 1.0, "grad_norm": math.inf})
+    assert trainer.state.log_history[0]["loss"] == 1.0
+    assert "grad_norm" not in trainer.state.log_history[0]
 
 
 # The files that are shipped

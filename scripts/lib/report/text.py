@@ -69,7 +69,7 @@ def read_text(options: argparse.Namespace, plan: Plan, work: Work) -> Text:
     run = dataclasses.replace(training.read_run(RUN, []), data=data, eval_data=eval_data, data_description=None)
     run.training |= {"output_dir": str(work.folder), "max_steps": plan.steps}
     tokenizer = training.load_tokenizer(str(folder / "tokenizer"))
-    documents, held_out = training.read_documents(run, training.training_arguments(run)[0])
+    documents, held_out = training.read_documents(run, training.training_arguments(run))
     # ends here where there is too little
     prepared: Any = TASKS[run.task].prepare(run, documents, held_out, tokenizer, 0, print)
     base = type(base).from_dict(base.to_dict() | {"vocab_size": math.ceil(len(tokenizer) / 64) * 64})

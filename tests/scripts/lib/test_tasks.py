@@ -108,7 +108,7 @@ def test_masked_training_learns(masked: Path):
 def test_the_held_out_loss_is_that_of_the_hidden_tokens(masked: Path, masked_run: Path):
     """The loss that train.py reports, computed anew; all its 64-token blocks are asked the same as then."""
     run = training.read_run(masked / "training.yaml", ["training.per_device_eval_batch_size=1000"])
-    documents, held_out = training.read_documents(run, training.training_arguments(run)[0])
+    documents, held_out = training.read_documents(run, training.training_arguments(run))
     tokenizer = AutoTokenizer.from_pretrained(masked)
     data = tasks.masked_lm(run, documents, held_out, tokenizer, run.training["seed"], silent)
     batch = data.collate(list(data.held_out))
@@ -164,6 +164,18 @@ def test_whole_words_are_hidden_or_none_of_their_tokens(masked_run: Path, texts:
     assert sum(shares) / 20 == pytest.approx(0.3, abs=0.03)
     batch = data.collate(list(data.held_out))
     assert (batch["input_ids"][batch["labels"] != -100] == tokenizer.mask_token_id).all()
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_a_batch_hides_something(masked: Path, whole_words: bool):
+    """Where nothing is hidden the loss is 0/0, and one such step would leave weights that are NaN."""
+    tokenizer = AutoTokenizer.from_pretrained(masked)
+    hide = tasks.HideTokens(tokenizer, 0.02, whole_words)
+    block = {"input_ids": [tokenizer.bos_token_id, 5], "starts_word": [1, 1]}
+    torch.manual_seed(0)
+    assert all(hide([block])["labels"].tolist() == [[-100, 5]] for _ in range(5))
+    assert hide.once(block, 0, seed=1)["labels"] == [-100, 5]
+    assert hide([{"input_ids": [tokenizer.bos_token_id], "starts_word": [1]}])["labels"].tolist() == [[-100]]
 
 
 def rows(texts: list[str]):
