@@ -20,7 +20,6 @@ from transformers.cache_utils import (
     DynamicCache,
     LinearAttentionCacheLayerMixin,
 )
-from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_recurrent_attention_mask
 from transformers.utils import is_torchdynamo_compiling
 
 from .attention_constattn import ConstAttnState, constant_attention
@@ -43,9 +42,9 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
         log_Z     [B,H,K]    float64  } the state, see `ConstAttnState`
         mean      [B,H,K,V]  float32  }
-        conv      [B,L−1,C]  the last inputs of the short convolution, where there is one
+        conv      [B,L−1,C]  the last inputs of the short convolution, where there is one; padding is none
         position  [B,hidden] float64, the recurrence of the position embedding: in the first layer of a "heinsen" model
-        behind    [B]        int64, how many tokens fewer than `cumulative_length` each row has seen, where rows differ
+        behind    [B]        int64, how many tokens fewer than `cumulative_length` each row has seen, where there was padding
 
     Updates are in place, so that compiled graphs find the tensors where they were, unless gradients flow through them.
 
@@ -113,8 +112,11 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         else:
             old.copy_(tensor)
 
-    def advance(self, tokens: int) -> None:
-        """Counts the tokens of one forward pass."""
+    def advance(self, tokens: int, key_mask: Tensor | None = None) -> None:
+        """Counts the tokens of one forward pass, of which those outside ``key_mask`` [B,T] are padding."""
+        if key_mask is not None:
+            padding = (~key_mask).sum(1)
+            self.write("behind", padding + self.tensors.get("behind", 0))
         if _is_frozen(self.cumulative_length):
             self.cumulative_length = self.cumulative_length.clone()
         self.cumulative_length.add_(tokens)
@@ -194,7 +196,7 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
                 f"{MAX_ROLLBACK} can be taken back; keep a copy of the cache for more"
             )
         if tokens_to_remove:
-            for name, tensor in self._replay(recorded + tokens_to_remove).items():
+            for name, tensor in self._after(recorded + tokens_to_remove).items():
                 self.write(name, tensor)
             self.advance(tokens_to_remove)
         self.activate_past_recording()
@@ -212,14 +214,22 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             if tensor is not None:
                 self.past.setdefault(name, []).append(tensor)
         if key is not None and (final := self._recorded() - MAX_ROLLBACK) > MAX_ROLLBACK:  # in bulk: seldom
-            self.base = {name: tensor.clone() for name, tensor in self._replay(final).items()}  # no views of more
+            self.base = {name: tensor.clone() for name, tensor in self._after(final).items()}  # no views of more
             self.past = {name: [torch.cat(tensors, -2)[..., final:, :].clone()] for name, tensors in self.past.items()}
 
     def _recorded(self) -> int:
         return sum(tensor.shape[-2] for tensor in self.past.get("key", ()))
 
-    def _replay(self, tokens: int) -> dict[str, Tensor]:
+    def _after(self, tokens: int) -> dict[str, Tensor]:
         """The tensors after the base and so many of the recorded tokens."""
+        tensors = self._replay(tokens)
+        if "behind" in self.tensors:
+            key_mask = torch.cat(self.past["key_mask"], 1)[:, :tokens, 0]
+            tensors["behind"] = (~key_mask).sum(1) + self.base.get("behind", 0)
+        return tensors
+
+    def _replay(self, tokens: int) -> dict[str, Tensor]:
+        """All of them but the count."""
         past = {name: torch.cat(tensors, -2)[..., :tokens, :] for name, tensors in self.past.items()}
         # The state alone needs no causal pass: a total over the tokens, each as the rest of them leaves it.
         dtype = torch.promote_types(past["key"].dtype, torch.float32)
@@ -235,7 +245,8 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             if name in past:
                 before = self.base.get(name, torch.zeros_like(self.tensors[name]))
                 if name == "conv":
-                    tensors[name] = torch.cat([before, past[name]], 1)[:, tokens:]
+                    inputs = torch.cat([before, real_first(past[name], key_mask[..., 0])], 1)
+                    tensors[name] = last_inputs(inputs, before.shape[1], key_mask[..., 0])
                 else:
                     tensors[name] = torch.cat([before[:, None], past[name]], 1)[:, tokens]
         return tensors
@@ -352,6 +363,21 @@ class CompressedCacheLayer(ConstAttnCacheLayer):
         return self.base | state._asdict()
 
 
+def real_first(x: Tensor, key_mask: Tensor) -> Tensor:
+    """[B,T,C]: in each row the real tokens of ``key_mask`` [B,T] one after the other, then zeros."""
+    order = key_mask.int().argsort(stable=True, dim=1, descending=True)
+    return x.masked_fill(~key_mask[..., None], 0.0).take_along_dim(order[..., None], 1)
+
+
+def last_inputs(x: Tensor, count: int, key_mask: Tensor | None) -> Tensor:
+    """[B,count,C]: the last ones that are real, of so many that came before and, behind them, T tokens in that order: x is
+    [B,count+T,C]."""
+    if key_mask is None:
+        return x[:, x.shape[1] - count :]
+    where = key_mask.sum(1, keepdim=True) + torch.arange(count, device=x.device)
+    return x.take_along_dim(where[..., None], 1)
+
+
 def _is_frozen(tensor: Tensor) -> bool:
     return not is_torchdynamo_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled()
 
@@ -383,8 +409,6 @@ for _name, _layer in OWN_LAYERS.items():
     _layer._layer_type = _name
     DYNAMIC_LAYER_TYPE_MAPPING.setdefault(_name, _layer)
     STATIC_LAYER_TYPE_MAPPING.setdefault(_name, _layer)
-    # `generate` makes this layer's mask as it does for recurrent layers: 2D or none.
-    LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[_name] = create_recurrent_attention_mask
 
 
 def cache_nbytes(cache: Cache) -> int:
@@ -607,8 +631,10 @@ __all__ = [
     "LearnedState",
     "cache_layer",
     "cache_nbytes",
+    "last_inputs",
     "merge_caches",
     "own_layers",
+    "real_first",
     "row_lengths",
     "rows_behind",
     "split_cache",

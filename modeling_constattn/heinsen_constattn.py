@@ -85,24 +85,23 @@ class HeinsenBlock(GradientCheckpointingLayer):
     ) -> Tensor:
         B, T, _ = hidden_states.shape
         cache = cache_layer(past_key_values, self.layer_idx)
-        query, key, log_value = self.qkv_proj(self.input_layernorm(hidden_states)).split(self.widths, -1)
+        qkv = self.qkv_proj(self.input_layernorm(hidden_states))
+        query, key, log_value = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).split(self.widths, -1)
         query = query.view(B, T, -1, self.num_slots).transpose(1, 2)  # [B,H,T,K]
         key = key.view(B, T, -1, self.num_slots).transpose(1, 2)
         log_value = log_value.view(B, T, -1, self.head_dim).transpose(1, 2)  # [B,H,T,V]
         log_decay = None
         if lag_limit is not None:
             log_decay = torch.zeros_like(query[..., :1]).masked_fill((lag_limit == 0)[:, None, :, None], float("-inf"))
-        value = log_value.float().clamp(-_MAX_LOG_VALUE, _MAX_LOG_VALUE).exp()
+        value = log_value.clamp(-_MAX_LOG_VALUE, _MAX_LOG_VALUE).exp()
         state = None if cache is None else cache.state
-        output, state = constant_attention(
-            query.float(), key.float(), value, state, log_decay=log_decay, key_mask=key_mask
-        )
+        output, state = constant_attention(query, key, value, state, log_decay=log_decay, key_mask=key_mask)
         if cache is not None:
             cache.write("log_Z", state.log_Z)
             cache.write("mean", state.mean)
-            cache.advance(T)
+            cache.advance(T, key_mask)
             if cache.record_past:
-                cache.record(key=key.float(), value=value, log_decay=log_decay, key_mask=key_mask)
+                cache.record(key=key, value=value, log_decay=log_decay, key_mask=key_mask)
         if key_mask is not None:  # a row that has seen nothing reads 0, whose log has no gradient
             output = output.masked_fill(output == 0, 1.0)
         log_output = output.log().to(hidden_states.dtype).transpose(1, 2).reshape(B, T, -1)

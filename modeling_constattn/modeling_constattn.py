@@ -15,10 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import ReplicatedWithGradAllReduce
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import (
-    create_recurrent_attention_mask,
-    find_packed_sequence_indices,
-)
+from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -35,7 +32,15 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_constattn import ConstAttnState, constant_attention
-from .cache_constattn import CompressedCacheLayer, ConstAttnCacheLayer, cache_layer, own_layers
+from .cache_constattn import (
+    CompressedCacheLayer,
+    ConstAttnCacheLayer,
+    cache_layer,
+    last_inputs,
+    own_layers,
+    real_first,
+    rows_behind,
+)
 from .compressed_constattn import compressed_attention, compressed_step_
 from .configuration_constattn import ConstAttnConfig
 from .heinsen_constattn import HeinsenBlock, HeinsenPositions
@@ -61,8 +66,14 @@ class ShortConvolution(nn.Module):
         self.ahead = 0 if is_causal else kernel_size // 2  # tokens to the right that are seen
         self.weight = nn.Parameter(torch.empty(sum(widths), kernel_size))
 
-    def forward(self, x: Tensor, lag_limit: Tensor | None, cache: ConstAttnCacheLayer | None) -> Tensor:
-        """``lag_limit`` [B,T]: how far back each token may look, where documents are packed."""
+    def forward(
+        self, x: Tensor, key_mask: Tensor | None, lag_limit: Tensor | None, cache: ConstAttnCacheLayer | None
+    ) -> Tensor:
+        """
+        Args:
+            key_mask: [B,T], which tokens are real; a row is convolved as if it had no others, and what the others get is of no use.
+            lag_limit: [B,T], how far back each token may look, where documents are packed.
+        """
         T, L = x.shape[1], self.weight.shape[1]
         past = None if cache is None else cache.tensors.get("conv")
         if past is not None and past.shape[1:] != (L - 1, x.shape[2]):
@@ -71,18 +82,22 @@ class ShortConvolution(nn.Module):
                 f"this model's {(L - 1, x.shape[2])}"
             )
         before = x.new_zeros(x.shape[0], L - 1 - self.ahead, x.shape[2]) if past is None else past.to(x.dtype)
+        if key_mask is not None:
+            x = real_first(x, key_mask)
         x = torch.cat([before, x], 1)  # [B,L−1+T,D]
+        if cache is not None:
+            cache.write("conv", last_inputs(x, L - 1, key_mask))
         if self.ahead:
             x = F.pad(x, (0, 0, 0, self.ahead))
-        if cache is not None:
-            cache.write("conv", x[:, T:])
         if T == 1 and lag_limit is None:  # a tenth of the time of a convolution
             return (x * self.weight.t()).sum(1, keepdim=True)
         if lag_limit is None:
             # Tokens as the rows of an image of width 1, channels last, as they lie in memory: on a CPU a third of the time of
             # F.conv1d forwards, a sixth of it backwards (with squeeze, whose gradient is a view).
             image = x[:, :, None].permute(0, 3, 1, 2)  # [B,D,L−1+T,1]
-            return F.conv2d(image, self.weight[:, None, :, None], groups=x.shape[2]).squeeze(3).transpose(1, 2)
+            y = F.conv2d(image, self.weight[:, None, :, None], groups=x.shape[2]).squeeze(3).transpose(1, 2)
+            # each token's own place again
+            return y if key_mask is None else y.take_along_dim((key_mask.cumsum(1) - 1).clamp_min(0)[..., None], 1)
         y = x[:, L - 1 :] * self.weight[:, L - 1]
         for lag in range(1, L):  # tap by tap: each token has its own limit
             tap = x[:, L - 1 - lag : L - 1 - lag + T].masked_fill((lag_limit < lag)[..., None], 0.0)
@@ -147,9 +162,7 @@ class ConstantAttention(nn.Module):
         if self.conv is not None:
             widths = (query.shape[-1], key.shape[-1], value.shape[-1])
             joint = torch.cat([query, key, value], -1)
-            if key_mask is not None:
-                joint = joint.masked_fill(~key_mask[..., None], 0.0)
-            query, key, value = self.conv(joint, lag_limit, cache).split(widths, -1)
+            query, key, value = self.conv(joint, key_mask, lag_limit, cache).split(widths, -1)
         query = query.view(B, T, -1, self.num_slots).transpose(1, 2)  # [B,H,T,K]
         key = key.view(B, T, -1, self.num_slots).transpose(1, 2)
         value = value.view(B, T, -1, self.head_dim).transpose(1, 2)  # [B,H,T,V]
@@ -164,7 +177,7 @@ class ConstantAttention(nn.Module):
         if cache is not None:
             cache.write("log_Z", state.log_Z)
             cache.write("mean", state.mean)
-            cache.advance(T)
+            cache.advance(T, key_mask)
             if cache.record_past:
                 inputs = None if self.conv is None else joint
                 cache.record(key=key, value=value, log_decay=log_decay, key_mask=key_mask, conv=inputs)
@@ -203,7 +216,8 @@ class ConstantAttention(nn.Module):
         """[B,T,hidden] → [B,H,T,K], the log of what each slot keeps when a token arrives; None: everything."""
         if self.f_proj is None:
             return None
-        log_decay = -self.forget_gate_bound * self.f_proj(hidden_states).float().sigmoid()
+        logits = self.f_proj(hidden_states)
+        log_decay = -self.forget_gate_bound * logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
         return log_decay.unflatten(-1, (-1, self.num_slots)).transpose(1, 2)
 
     def attend(
@@ -347,7 +361,7 @@ class CompressedAttention(nn.Module):
         else:
             output = compressed_step_(**tokens, state=cache.writable_state(), key_mask=key_mask, **options)
         if cache is not None:
-            cache.advance(T)
+            cache.advance(T, key_mask)
             if cache.record_past:
                 cache.record(**tokens, key_mask=key_mask, options=options)
         return output
@@ -477,6 +491,10 @@ class ConstAttnPreTrainedModel(PreTrainedModel):
 
 def _check_cache(past_key_values: Cache, config: ConstAttnConfig, batch: int) -> None:
     """Makes its layers this model's; one error for a cache that another model, or another batch, has filled."""
+    if not isinstance(past_key_values, Cache):
+        raise ValueError(
+            f"past_key_values is a {type(past_key_values).__name__}; make it by DynamicCache(config=model.config)"
+        )
     if not is_torchdynamo_compiling():
         own_layers(past_key_values)
     layers = past_key_values.layers
@@ -516,12 +534,38 @@ def _packed_position_ids(
     return position_ids
 
 
+def _key_mask(attention_mask: Tensor | None, B: int, T: int, past_key_values: Cache | None) -> Tensor | None:
+    """[B,T] bool, which of the new tokens are real, of a mask [B,T] or [B,past+T]; None where all are."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask must be [B,T] with 1 for real tokens; it has {attention_mask.dim()} axes")
+    if attention_mask.shape[0] != B or attention_mask.shape[1] < T:
+        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, the input has [{B},{T}] tokens")
+    key_mask = attention_mask[:, -T:].bool().contiguous()  # of one stride at every step, so that nothing compiles again
+    if is_tracing(attention_mask):
+        return key_mask
+    past = attention_mask[:, :-T] == 0  # what is hidden of it
+    if T > 1 and past.shape[1] and past_key_values is not None and past.shape[1] == past_key_values.get_seq_length():
+        behind = rows_behind(past_key_values)
+        hidden = past.sum(1) - (0 if behind is None else behind)
+        if (hidden > 0).any():
+            row = int((hidden > 0).nonzero()[0])
+            raise ValueError(
+                f"attention_mask hides tokens that past_key_values has read, {int(hidden[row])} in row {row}; a state cannot leave "
+                "them out again. As padding they had to be hidden when they were read; what generate() gives to rows that are "
+                "finished before others is not. Read the text anew, or go on with each row by itself"
+            )
+    return None if key_mask.all() else key_mask
+
+
 class ConstAttnModel(ConstAttnPreTrainedModel):
     """The model without a head: embedding, blocks, final norm."""
 
     def __init__(self, config: ConstAttnConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # No row is frozen as padding's: a mask hides padding, and the padding token may be the end token, which is to be learned.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.block_type == "heinsen":
             self.positions = HeinsenPositions(config)
             self.layers = nn.ModuleList([HeinsenBlock(config, i) for i in range(config.num_hidden_layers)])
@@ -542,7 +586,7 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -552,7 +596,8 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
         """
         Args:
             input_ids: [B,T] token ids; or `inputs_embeds` [B,T,hidden].
-            attention_mask: [B,T], or [B,past+T] of which the last T count; 1 for a real token. Padding may lie anywhere.
+            attention_mask: [B,T], or [B,past+T] of which the last T count; 1 for a real token. Padding may lie anywhere: each row
+                is read as if it had none.
             position_ids: [B,T]. Where they restart (without an attention_mask), a new packed document starts: no layer looks
                 across. `cu_seq_lens_q` of a flat row or `seq_idx` [B,T] stand in for them. Otherwise they say nothing: each
                 layer counts the real tokens of its rows.
@@ -560,14 +605,25 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
             use_cache: whether to return the state.
 
         Raises:
-            ValueError: if both or neither of input_ids and inputs_embeds are given, a mask or cache does not fit, or position_ids
-                run on where another argument says that a packed document starts.
+            ValueError: if both or neither of input_ids and inputs_embeds are given, or no tokens; if positions, a mask or a cache
+                do not fit, a mask hides what the cache has read, or position_ids run on where another argument says that a packed
+                document starts.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if input_ids is not None and input_ids.dim() != 2:
+            raise ValueError(f"input_ids must be [B,T]; it is {list(input_ids.shape)}")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        elif inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
+            raise ValueError(
+                f"inputs_embeds must be [B,T,{self.config.hidden_size}]; it is {list(inputs_embeds.shape)}"
+            )
         B, T, _ = inputs_embeds.shape
+        if B == 0 or T == 0:
+            raise ValueError(f"the input has [{B},{T}] tokens; a call needs one row and one new token at least")
+        if position_ids is not None and position_ids.shape not in ((B, T), (1, T)):
+            raise ValueError(f"position_ids must be [B,T] = [{B},{T}]; they are {list(position_ids.shape)}")
         if any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx")):
             if attention_mask is not None:
                 raise ValueError("packed documents (cu_seq_lens_q, seq_idx) take no attention_mask; leave it out")
@@ -594,7 +650,7 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             _check_cache(past_key_values, self.config, B)
-        key_mask = self._key_mask(inputs_embeds, attention_mask, position_ids, past_key_values)
+        key_mask = _key_mask(attention_mask, B, T, past_key_values)
         frequencies = None
         if self.frequencies is not None:
             frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=inputs_embeds.device)
@@ -609,33 +665,6 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
-
-    def _key_mask(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | dict[str, Tensor | None] | None,
-        position_ids: Tensor | None,
-        past_key_values: Cache | None,
-    ) -> Tensor | None:
-        """[B,T] bool, True for the real ones of the new tokens, or None where all are."""
-        B, T, _ = inputs_embeds.shape
-        if isinstance(attention_mask, dict):  # made by `generate`, the same for every kind of layer
-            key_mask = next(iter(attention_mask.values()))
-        else:
-            if attention_mask is not None and (attention_mask.shape[0] != B or attention_mask.shape[-1] < T):
-                raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, the input has [{B},{T}] tokens")
-            if attention_mask is not None and attention_mask.dim() != 2:
-                raise ValueError(
-                    f"attention_mask must be [B,T] with 1 for real tokens; it has {attention_mask.dim()} axes"
-                )
-            key_mask = create_recurrent_attention_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
-        return None if key_mask is None else key_mask.bool()
 
 
 class ConstAttnForCausalLM(ConstAttnPreTrainedModel, GenerationMixin):
@@ -656,11 +685,36 @@ class ConstAttnForCausalLM(ConstAttnPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
+        """As in Transformers, where a cache that has read the whole text leaves no new token, or all of them once more."""
+        if next_sequence_length is not None and next_sequence_length < 1:
+            raise ValueError("past_key_values has read the whole text; generate() needs a token after it, one at least")
+        # `generate` takes embeddings where it finds this argument
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: ConstAttnConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        is_first_iteration: bool = False,
+        **kwargs,
+    ) -> Tensor | None:
+        """[B,T] bool, or None without padding. `generate` calls it; Transformers' own makes a mask for each kind of layer, where
+        PEFT's prompt tuning looks for one."""
+        B, T, _ = inputs_embeds.shape
+        if T == 1 and not is_first_iteration:  # a token that was generated
+            return None
+        return _key_mask(attention_mask, B, T, past_key_values)
+
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,

@@ -421,6 +421,45 @@ def test_crop_knows_padding(exact_member):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("bound", [4, 256], ids=["bulk", "kept"])
+@pytest.mark.parametrize("kind", FAMILY)
+def test_padding_anywhere_is_taken_back_and_stacked(kind, bound, monkeypatch):
+    """Rows with padding before, within and behind their tokens, some of it taken back; then beside other sessions."""
+    monkeypatch.setattr("modeling_constattn.cache_constattn.MAX_ROLLBACK", bound)
+    model = make_model(kind).double()
+    ids = text(30, batch=4, seed=4)
+    mask = (
+        torch.tensor([[0] * 10 + [1] * 20, [1] * 7 + [0] * 9 + [1] * 14, [1, 0, 0, 1, 1] * 6, [1] * 28 + [0] * 2]) > 0
+    )
+    cache, start = DynamicCache(config=model.config), 0
+    for number, piece in enumerate(ids.split([4, 9, 1, 1, 11, 4], 1)):
+        if number == 1:
+            cache.activate_past_recording()
+        part = slice(start, start + piece.shape[1])
+        model(piece, attention_mask=mask[:, part].long(), past_key_values=cache)
+        start = part.stop
+    cache.crop(-3)
+    assert row_lengths(cache) == mask[:, :27].sum(1).tolist()
+
+    others = [read(model, text(length, seed=length)) for length in (2, 41)]
+    stacked = stack_caches([others[0], *split_cache(cache), others[1]])
+    assert row_lengths(stacked) == [2, *mask[:, :27].sum(1).tolist(), 41]
+    more, more_mask = text(8, batch=6, seed=5), torch.tensor([[1] * 8, [0, 1] * 4, [1] * 4 + [0] * 4] * 2)
+    logits = [model(more, attention_mask=more_mask, past_key_values=stacked).logits]
+    logits.append(model(more, past_key_values=stacked).logits)
+    seen = [
+        text(2, seed=2),
+        *(row[:27][real[:27]][None] for row, real in zip(ids, mask, strict=True)),
+        text(41, seed=41),
+    ]
+    for row, begun in enumerate(seen):
+        real = more_mask[row] > 0
+        expected = model(torch.cat([begun[0], more[row, real], more[row]])[None]).logits[0, begun.shape[1] :]
+        found = torch.cat([logits[0][row, real], logits[1][row]])
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("pieces", [[300], [1] * 70, [33, 30, 7], [66, 4]], ids=["one", "steps", "pieces", "bulk"])
 def test_what_is_recorded_is_bounded(exact_member, pieces, monkeypatch):
     monkeypatch.setattr("modeling_constattn.cache_constattn.MAX_ROLLBACK", 16)

@@ -30,7 +30,14 @@ from transformers import (
     pipeline,
 )
 
-from modeling_constattn import ConstAttnConfig, ConstAttnForCausalLM, ConstAttnModel, speed_up_cpu_inference
+from modeling_constattn import (
+    ConstAttnConfig,
+    ConstAttnForCausalLM,
+    ConstAttnForMaskedLM,
+    ConstAttnModel,
+    row_lengths,
+    speed_up_cpu_inference,
+)
 from modeling_constattn.modeling_constattn import AUTO_MAP, ShortConvolution
 
 HYBRID = {"mixer_types": ["constant_attention", "sliding_attention"], "sliding_window": 8}
@@ -70,6 +77,14 @@ def make_model(kind: str, **fields) -> ConstAttnForCausalLM:
     ) in model.named_parameters():  # away from the small initial weights, where every path looks alike
         parameter.data.add_(torch.randn_like(parameter) * 0.1 + 5.0 * name.endswith("slot_q.bias"))
     return model
+
+
+def make_masked() -> ConstAttnForMaskedLM:
+    torch.manual_seed(0)
+    config = ConstAttnConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, is_causal=False
+    )
+    return ConstAttnForMaskedLM(config).eval()
 
 
 @pytest.fixture(scope="module", params=list(FAMILY))
@@ -121,11 +136,86 @@ def test_padded_rows_are_each_row_alone(model, ids):
     for i, row in enumerate(rows):
         alone = model(torch.cat([row, following[i]])[None]).logits[0]
         close(output.logits[i, -len(row) :], alone[:-1])
-        if (
-            "sliding_attention" not in model.config.layer_types
-        ):  # whose cache does not keep the mask: `generate` passes it
-            close(next_logits[i, 0], alone[-1])
+        close(next_logits[i, 0], alone[-1])
         close(right[i, : len(row)], model(row.flip(0)[None]).logits[0])
+
+
+# 1 for a real token: nothing before the fifth, a right-padded turn and a second one, holes, no padding, nothing at all
+HOLES = torch.tensor([[0] * 5 + [1] * 35, [1] * 3 + [0] * 9 + [1] * 28, [1, 0, 1, 1, 0] * 8, [1] * 40, [0] * 40]).bool()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "pieces", [[40], [12, 28], [7, 1, 1, 1, 10, 20], [1] * 40], ids=["whole", "turns", "pieces", "steps"]
+)
+@pytest.mark.parametrize("kind", FAMILY)
+def test_padding_anywhere_is_each_row_alone(kind, pieces):
+    """Logits at every real token and what follows, in one pass and in pieces, each with the mask of its own or of all so far."""
+    model = make_model(kind).double()
+    ids = torch.randint(0, VOCAB, HOLES.shape, generator=torch.Generator().manual_seed(3))
+    cache, logits, start = None, [], 0
+    for number, piece in enumerate(ids.split(pieces, 1)):
+        end = start + piece.shape[1]
+        mask = HOLES[:, :end] if number % 2 else HOLES[:, start:end]
+        output = model(piece, attention_mask=mask.long(), past_key_values=cache, use_cache=True)
+        cache, start = output.past_key_values, end
+        logits.append(output.logits)
+    logits = torch.cat(logits, 1)
+    assert row_lengths(cache) == HOLES.sum(1).tolist()
+    following = torch.tensor([[7, 8, 9]])
+    after = model(following.expand(5, -1), past_key_values=cache).logits
+    for row, real in enumerate(HOLES):
+        expected = model(torch.cat([ids[row, real], following[0]])[None]).logits[0]
+        torch.testing.assert_close(logits[row, real], expected[:-3], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(after[row], expected[-3:], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [*FAMILY, "masked"])
+def test_gradients_with_padding_anywhere_are_those_of_each_row_alone(kind):
+    model = make_model(kind).double() if kind != "masked" else make_masked().double()
+    mask = HOLES[:4]
+    ids = torch.randint(0, VOCAB, mask.shape, generator=torch.Generator().manual_seed(3))
+    logits = model(ids, attention_mask=mask.long()).logits[mask]
+    alone = torch.cat([model(row[real][None]).logits[0] for row, real in zip(ids, mask, strict=True)])
+    torch.testing.assert_close(logits, alone, rtol=1e-6, atol=1e-6)
+    parameters = list(model.parameters())
+    for grad, expected in zip(
+        torch.autograd.grad(logits.square().mean(), parameters),
+        torch.autograd.grad(alone.square().mean(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@torch.no_grad()
+def test_padding_anywhere_compiles_to_one_graph():
+    model = make_model("default", num_hidden_layers=1)
+    ids = torch.randint(0, VOCAB, HOLES.shape, generator=torch.Generator().manual_seed(3))
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+    close(compiled(ids, attention_mask=HOLES, use_cache=False).logits, model(ids, attention_mask=HOLES).logits)
+    caches = [StaticCache(config=model.config, max_cache_len=64) for _ in range(2)]
+    for part in (slice(0, 12), slice(12, 40)):
+        output, expected = (
+            forward(ids[:, part], attention_mask=HOLES[:, part], past_key_values=cache, use_cache=True).logits
+            for forward, cache in zip((compiled, model), caches, strict=True)
+        )
+        close(output, expected)
+
+
+@torch.no_grad()
+def test_a_mask_cannot_hide_what_was_read(ids):
+    """As in Transformers' key–value caches, but a state does not take a token back: said, not passed over."""
+    model = make_model("default")
+    cache = model(ids[:, :12], use_cache=True).past_key_values
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, 7:9] = 0
+    with pytest.raises(ValueError, match="hides tokens that past_key_values has read, 2 in row 1; a state cannot"):
+        model(ids[:, 12:20], attention_mask=mask, past_key_values=cache)
+    with pytest.raises(ValueError, match="hides tokens that past_key_values has read, 2 in row 1"):
+        model.generate(ids[:, :20], attention_mask=mask, past_key_values=cache, **GREEDY)
+    cache = model(ids[:, :12], attention_mask=mask[:, :12], use_cache=True).past_key_values
+    model(ids[:, 12:20], attention_mask=mask, past_key_values=cache)
 
 
 @pytest.mark.parametrize("sent", ["all", "position_ids", "cu_seq_lens_q", "seq_idx"])
@@ -375,6 +465,23 @@ def test_generate_left_padded_batch(model, ids):
         close(torch.stack(output.logits)[:, i], torch.stack(alone.logits)[:, 0])
 
 
+@pytest.mark.parametrize("kind", FAMILY)
+@pytest.mark.parametrize("how", [{}, {"prefill_chunk_size": 7}, {"num_beams": 2}], ids=["greedy", "chunked", "beams"])
+def test_generate_with_padding_anywhere(kind, how):
+    """A batch of two turns: the prompt of the first one right-padded, and what follows."""
+    model, mask = make_model(kind), torch.cat([HOLES[[0, 1, 3]], HOLES[2:3].flip(1)])
+    ids = torch.randint(0, VOCAB, mask.shape, generator=torch.Generator().manual_seed(3))
+    options = GREEDY | how
+    output = model.generate(ids, attention_mask=mask.long(), **options)[:, 40:]
+    options.pop("prefill_chunk_size", None)
+    for row, real, found in zip(ids, mask, output, strict=True):
+        assert torch.equal(model.generate(row[real][None], **options)[0, real.sum() :], found)
+    if not how:
+        first = model(ids[:, :12], attention_mask=mask[:, :12].long(), use_cache=True).past_key_values
+        again = model.generate(ids, attention_mask=mask.long(), past_key_values=first, **GREEDY)
+        assert torch.equal(again[:, 40:], output)
+
+
 def test_generate_from_embeddings(model, ids):
     embeddings = model.get_input_embeddings()(ids[:, :12])
     expected = model.generate(ids[:, :12], **GREEDY)[:, 12:]
@@ -528,6 +635,9 @@ def test_damaged_checkpoint_is_refused(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- bad input
 
 
+IDS = torch.zeros(2, 5, dtype=torch.long)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -541,12 +651,62 @@ def test_damaged_checkpoint_is_refused(tmp_path):
             {"input_ids": torch.zeros(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 1, 5, 5)},
             "it has 4 axes",
         ),
+        ({"input_ids": IDS[:, :0]}, r"the input has \[2,0\] tokens; a call needs one row and one new token"),
+        ({"input_ids": IDS[:0]}, r"the input has \[0,5\] tokens"),
+        ({"inputs_embeds": torch.zeros(2, 0, 32)}, r"the input has \[2,0\] tokens"),
+        ({"input_ids": IDS[0]}, r"input_ids must be \[B,T\]; it is \[5\]"),
+        ({"inputs_embeds": torch.zeros(5, 32)}, r"inputs_embeds must be \[B,T,32\]; it is \[5, 32\]"),
+        ({"inputs_embeds": torch.zeros(2, 5, 31)}, r"inputs_embeds must be \[B,T,32\]; it is \[2, 5, 31\]"),
+        (
+            {"input_ids": IDS, "position_ids": torch.arange(4)[None]},
+            r"position_ids must be \[B,T\] = \[2,5\]; .*\[1, 4\]",
+        ),
+        (
+            {"input_ids": IDS, "position_ids": torch.arange(5)},
+            r"position_ids must be \[B,T\] = \[2,5\]; they are \[5\]",
+        ),
+        ({"input_ids": IDS, "past_key_values": ()}, r"past_key_values is a tuple; make it by DynamicCache\("),
     ],
-    ids=["nothing", "both", "short mask", "4D mask"],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
-def test_bad_input(arguments, message):
+@pytest.mark.parametrize("kind", ["default", "hybrid", "heinsen"])
+def test_bad_input(kind, arguments, message):
     with pytest.raises(ValueError, match=message):
-        make_model("default")(**arguments)
+        make_model(kind)(**arguments)
+
+
+@pytest.mark.parametrize("tokens", [12, 9], ids=["all of it", "more than it"])
+def test_generate_needs_a_token_that_the_cache_has_not_read(model, ids, tokens):
+    cache = model(ids[:, :12], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="past_key_values has read the whole text; generate"):
+        model.generate(ids[:, :tokens], past_key_values=cache, attention_mask=torch.ones(2, tokens), **GREEDY)
+
+
+def test_the_row_of_a_padding_token_learns_as_any_other(ids):
+    """It may be the end token, which a model that is to stop has to read and to say."""
+    model = make_model("default", pad_token_id=7, eos_token_id=7, tie_word_embeddings=False)
+    fresh = ConstAttnForCausalLM(model.config)
+    assert fresh.get_input_embeddings().weight[7].abs().max() > 0
+    text = ids.masked_fill(ids == 7, 8)
+    text[:, [40, -1]] = 7
+    model(text, labels=text).loss.backward()
+    assert model.get_input_embeddings().weight.grad[7].abs().max() > 0
+    model.zero_grad()
+    text[:, 40] = 8
+    mask = torch.ones_like(text)
+    mask[:, -1] = 0  # there it is padding
+    model(text, attention_mask=mask, labels=text.masked_fill(mask == 0, -100)).loss.backward()
+    assert model.get_input_embeddings().weight.grad[7].abs().max() == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", FAMILY)
+def test_a_model_in_float64_computes_in_float64(kind, ids):
+    """Two orders of the same sums differ by its rounding, not by that of float32."""
+    model = make_model(kind).double()
+    cache = model(ids[:, :70], use_cache=True).past_key_values
+    logits = torch.cat([model(token, past_key_values=cache).logits for token in ids[:, 70:].split(1, 1)], 1)
+    torch.testing.assert_close(logits, model(ids).logits[:, 70:], rtol=1e-11, atol=1e-11)
 
 
 def test_a_new_forget_gate_starts_in_the_middle_of_its_range():

@@ -116,6 +116,27 @@ def test_peft_lora_on_all_linear_layers(kind, ids, tmp_path):
         torch.testing.assert_close(again.merge_and_unload()(input_ids=ids).logits, trained, rtol=1e-4, atol=1e-4)
 
 
+@kinds
+@pytest.mark.parametrize("method", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_peft_prompts_generate_as_their_embeddings_before_the_text(kind, method, ids):
+    """Also of rows with padding, which then lies between the prompt and the text."""
+    peft = pytest.importorskip("peft")
+    base = make_model(kind)
+    config = getattr(peft, method)(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model = peft.get_peft_model(base, config, autocast_adapter_dtype=False).eval()
+    for parameter in model.prompt_encoder.parameters():
+        parameter.data.add_(torch.randn_like(parameter))
+    greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    prompt, embeddings = model.get_prompt(2), base.get_input_embeddings()
+    mask = torch.ones_like(ids)
+    for start in (0, 7):
+        mask[0, :start] = 0
+        found = model.generate(input_ids=ids, attention_mask=mask, **greedy)[:, ids.shape[1] :]
+        for row, begin in ((0, start), (1, 0)):
+            text = torch.cat([prompt[row], embeddings(ids[row, begin:])])[None]
+            assert torch.equal(base.generate(inputs_embeds=text, **greedy)[0], found[row])
+
+
 def chats() -> list[dict[str, list[dict[str, str]]]]:
     def turn(role: str, content: str) -> dict[str, str]:
         return {"role": role, "content": content}
