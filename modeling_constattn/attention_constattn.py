@@ -65,6 +65,10 @@ Nothing but the inputs, y, lse and the segments' start states is kept between fo
 Precision: log_Z, the sums of f and all that is measured against log_Z is float64. Exponents of single tokens are float32, as
 differences from the largest one of their row or chunk, which costs nothing where it matters: close to the largest. Everything
 else is float32 (float64 for float64 inputs). A device without float64 (MPS) uses float32 throughout.
+
+Range: finite inputs give finite results, and finite gradients where the dtype can hold them: values beyond 2^100, or 2^20 times
+their gradients, are worked on in units of a power of two. Nobody looks at the values of a single token, which may be half of
+the dtype's largest number, and for the gradients of the bidirectional form, where they may be 1e30.
 """
 
 import functools
@@ -73,6 +77,7 @@ import logging
 import math
 import os
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -85,6 +90,10 @@ _MAX_SPREAD = {torch.float32: 60.0, torch.float64: 600.0}
 _MIN_SUM = math.exp(-32)
 # Numbers of one [N,M,C,K] tensor of a segment: a dozen of 1.5 MB fit a CPU's cache; elsewhere launches are dear.
 _SEGMENT_SIZE = {"cpu": 3 * 2**17, "other": 2**25}
+# Numbers beyond which sums over tokens and features may overflow: values, and in the backward pass values times gradients, which
+# meet weights of up to exp(_MAX_SPREAD).
+_LARGE_VALUE = {torch.float32: 2.0**100, torch.float64: 2.0**1000}
+_LARGE_GRADIENT = {torch.float32: 2.0**20, torch.float64: 2.0**64}
 _NEG_INF = float("-inf")
 _LOG2_E = math.log2(math.e)
 _logger = logging.getLogger(__name__)
@@ -159,9 +168,9 @@ class ConstAttnState(NamedTuple):
         if self.mean.shape != other.mean.shape:
             raise ValueError(f"cannot merge states of shapes {tuple(self.mean.shape)} and {tuple(other.mean.shape)}")
         earlier = self.log_Z if log_decay is None else self.log_Z + log_decay.to(self.log_Z.dtype).sum(2)
-        log_Z = _log_add_exp(earlier, other.log_Z)
-        weight = (other.log_Z - _finite(log_Z)).exp().to(self.mean.dtype)[..., None]
-        return ConstAttnState(log_Z, self.mean + weight * (other.mean - self.mean))
+        log_Z, shares = _log_sum_exp(torch.stack([earlier, other.log_Z]), 0)
+        mean = torch.stack([self.mean, other.mean]).to(shares.dtype)
+        return ConstAttnState(log_Z, (shares[..., None] * mean).sum(0).to(self.mean.dtype))
 
     @property
     def nbytes(self) -> int:
@@ -183,9 +192,19 @@ def _finite(log_Z: Tensor) -> Tensor:
 
 
 def _log_add_exp(a: Tensor, b: Tensor) -> Tensor:
-    """logaddexp whose gradient is 0, not NaN, where both are −inf."""
-    empty = (a == _NEG_INF) & (b == _NEG_INF)
-    return torch.logaddexp(a.masked_fill(empty, 0.0), b.masked_fill(empty, 0.0)).masked_fill(empty, _NEG_INF)
+    """logaddexp whose gradient is no NaN where both are −inf, and which does not overflow when exported to ONNX."""
+    larger = torch.maximum(a, b)
+    return larger + (torch.minimum(a, b) - _finite(larger)).exp().log1p()
+
+
+def _log_sum_exp(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The log of Σ exp(x) along ``dim``, and the share of each; −inf and shares of 0 where all are −inf."""
+    peak = _finite(x.detach().amax(dim, keepdim=True))
+    w = (x - peak).exp()
+    total = w.sum(dim, keepdim=True)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    return (peak + total.log()).masked_fill(empty, _NEG_INF).squeeze(dim), w / total
 
 
 # --------------------------------------------------------------------------------------------------- the definition and the paper
@@ -219,7 +238,7 @@ def quadratic_attention(
         decay_sum, resets = finite_decay.cumsum(2), is_reset.cumsum(2)  # up to and with t; how often slots were emptied
     rows = max(1, 2**24 // max(1, B * H * T * K))  # the [rows,T,K] block of exponents stays below 16M numbers
     outputs = []
-    for start in range(0, T, rows):
+    for start in range(0, max(1, T), rows):
         t = slice(start, min(start + rows, T))
         exponents = query[:, :, t, None, :] + key[:, :, None, :, :]  # [B,H,rows,T,K]
         if log_decay is not None:  # Σ_{j<i≤t} f_i; seen from the right, Σ_{t≤i<j} f_i
@@ -241,7 +260,7 @@ def quadratic_attention(
         empty = ~seen.any(-1, keepdim=True)
         weights = scores.masked_fill(~seen & ~empty, _NEG_INF).softmax(-1).masked_fill(empty, 0.0)
         outputs.append(weights @ value)
-    return torch.cat(outputs, 2) if outputs else torch.zeros_like(value)
+    return torch.cat(outputs, 2)
 
 
 def scan_attention(query: Tensor, key: Tensor, log_value: Tensor, *, is_causal: bool = True) -> Tensor:
@@ -275,6 +294,8 @@ def log_linear_recurrence(log_coefficient: Tensor, log_value: Tensor, log_initia
     Returns:
         [B,T,D], x_1 … x_T.
     """
+    if torch.onnx.is_in_onnx_export():
+        return _log_linear_recurrence_plain(log_coefficient, log_value, log_initial)
     log_product = log_coefficient.cumsum(1)  # log Π_{i≤t} a_i
     terms = torch.cat([log_initial[:, None], log_value - log_product], 1)
     return log_product + terms.logcumsumexp(1)[:, 1:]
@@ -299,12 +320,14 @@ def constant_attention(
 
     Args:
         query, key: [B,H,T,K], any finite numbers of a floating dtype.
-        value: [B,H,T,V], any sign.
+        value: [B,H,T,V], any sign; for the range, see the end of the module's docstring.
         state: what was seen before these tokens; None for nothing.
         log_decay: [B,H,T,K], or [B,H,T,1] for one per head; ≤ 0: log of what a slot keeps of its past when token t arrives.
             −inf empties the slot before the token, as at a document's start. Not causal: a token is also seen from its left,
-            less by what the tokens from the reader up to it decay.
-        key_mask: [B,T] bool, True for a real token. A masked token neither adds nor decays.
+            less by what the tokens from the reader up to it decay. Above 0 it is an error where anyone looks, which for a single
+            token, in the plain form and in the GPU kernels nobody does.
+        key_mask: [B,T] bool, True for a real token. A masked token neither adds nor decays, whatever it holds; its row reads what
+            the others see there.
         is_causal: each token sees itself and the past; else every token sees all of them, and the state given.
         chunk_size: tokens of one block of matrix products; changes speed, not results. Default 64.
         backend: "torch"; "triton" for the GPU kernels, which no GPU has run yet; "auto" for what the environment variable
@@ -313,11 +336,13 @@ def constant_attention(
 
     Returns:
         The output [B,H,T,V] in the dtype of ``value`` (0 for a row that has seen nothing), and the state after the last token.
-        Differentiable once, with respect to every tensor argument, the state included.
+        Differentiable once by backward(), with respect to every tensor argument, the state included. Under the transforms of
+        torch.func (grad, vmap, jvp, hessian, …) and in forward mode any number of times, in a plain form that is some ten times
+        slower; an export to ONNX takes it too.
 
     Raises:
         TypeError: for dtypes that are not floating, or differ, or a mask that is not bool.
-        ValueError: for shapes that do not belong together, a positive chunk size missing, or an unknown backend.
+        ValueError: for shapes that do not belong together, a positive chunk size missing, an unknown backend, or log_decay > 0.
         RuntimeError: if the kernels are asked for by name and cannot run; it says what would help.
     """
     _check_inputs(query, key, value, state, log_decay, key_mask, is_causal)
@@ -327,10 +352,9 @@ def constant_attention(
     V = value.shape[-1]
     if state is None:
         state = ConstAttnState.empty(B, H, K, V, value.dtype, value.device)
-    if T == 0:
-        return torch.zeros_like(value), state
-
-    kernels = _use_kernels(backend, query.device, K, V, query.dtype) and (is_causal or log_decay is not None)
+    has_totals = not is_causal and log_decay is None and T > 0
+    plain = _needs_plain_form()
+    kernels = _use_kernels(backend, query.device, K, V, query.dtype) and T > 0 and not (has_totals or plain)
     compute_dtype = _compute_dtype(value.dtype)
     dtype = value.dtype if kernels else compute_dtype  # the kernels convert by themselves
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -340,24 +364,42 @@ def constant_attention(
         k = k.masked_fill(masked, _NEG_INF)
         v = v.masked_fill(masked, 0.0)  # a masked value may be anything, and 0 · inf is NaN
         f = None if f is None else f.masked_fill(masked, 0.0)
+        if (
+            torch.is_grad_enabled()
+        ):  # the gradients of a NaN that nobody reads are 0 · NaN, and those of real tokens sums of them
+            q = q.masked_fill(masked & ~(q.amax(-1, keepdim=True) < float("inf")), 0.0)
 
-    with torch.autocast(query.device.type, enabled=False):
-        if not is_causal and f is None:
+    def attend(*inputs) -> tuple[Tensor, ...]:
+        if plain:
+            return _attend_plain(*inputs)
+        y, lse, log_Z, mean = _chunked(*inputs, chunk_size or _CHUNK_SIZE, kernels)
+        return y, lse, log_Z[:, -1], mean[:, -1]
+
+    with torch.autocast("cpu" if query.is_meta else query.device.type, enabled=False):
+        if has_totals:
             output, state = _attend_totals(q, k, v, state)
-        elif T == 1 and is_causal and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *state))):
-            output, state = (_attend_step_fused if kernels else _attend_step)(q, k, v, f, state)
+        elif (
+            T == 1 and is_causal and (plain or not (torch.is_grad_enabled() and _any_requires_grad(q, k, v, f, *state)))
+        ):
+            if kernels:
+                output, state = _attend_step_fused(q, k, v, f, state)
+            else:
+                output, state = _attend_step(q, k, v, f, state, plain)
         else:
             log_Z0 = state.log_Z.to(_log_dtype(q.device)).reshape(B * H, K)
             mean0 = state.mean.to(compute_dtype).reshape(B * H, K, V)
-            q, k, v = (x.reshape(B * H, T, -1) for x in (q, k, v))
-            f = None if f is None else f.reshape(B * H, T, -1)
-            chunk_size = chunk_size or _CHUNK_SIZE
-            y, lse, log_Z, mean = _chunked(q, k, v, f, log_Z0, mean0, chunk_size, kernels)
-            if not is_causal and f is not None:
-                y = _join(y, lse, *_attend_later(q, k, v, f, chunk_size, kernels))
+            q, k, v = q.reshape(B * H, T, K), k.reshape(B * H, T, K), v.reshape(B * H, T, V)
+            f = None if f is None else f.reshape(B * H, T, f.shape[-1])
+            y, lse, log_Z, mean = attend(q, k, v, f, log_Z0, mean0)
+            if not is_causal and f is not None and T > 0:
+                y = _join(y, lse, *_attend_later(q, k, v, f, attend))
             output = y.view(B, H, T, V)
-            state = ConstAttnState(log_Z[:, -1].view(B, H, K), mean[:, -1].view(B, H, K, V))
+            state = ConstAttnState(log_Z.view(B, H, K), mean.view(B, H, K, V))
     return output.to(value.dtype), state
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(x is not None and x.requires_grad for x in tensors)
 
 
 def _read(q: Tensor, state: ConstAttnState) -> Tensor:
@@ -368,11 +410,12 @@ def _read(q: Tensor, state: ConstAttnState) -> Tensor:
 
 
 def _attend_step(
-    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, state: ConstAttnState
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, state: ConstAttnState, plain: bool
 ) -> tuple[Tensor, ConstAttnState]:
     """The recurrence, for one token: O(K·V). No branch on data, so it compiles into one graph."""
     log_Z = state.log_Z if f is None else state.log_Z + f[:, :, 0]
-    log_Z = torch.logaddexp(log_Z, k[:, :, 0].to(log_Z.dtype))
+    add = _log_add_exp if plain else torch.logaddexp
+    log_Z = add(log_Z, k[:, :, 0].to(log_Z.dtype))
     weight = (k[:, :, 0] - _finite(log_Z)).exp().to(v.dtype)
     mean = torch.lerp(state.mean.to(v.dtype), v, weight[..., None])  # v [B,H,1,V] meets every slot
     state = ConstAttnState(log_Z, mean)
@@ -398,13 +441,15 @@ def _attend_totals(q: Tensor, k: Tensor, v: Tensor, state: ConstAttnState) -> tu
     total = weights.sum(2)
     empty = total == 0
     log_Z = (peak[:, :, 0] + total.masked_fill(empty, 1.0).to(state.log_Z.dtype).log()).masked_fill(empty, _NEG_INF)
-    mean = weights.transpose(2, 3) @ v / total.masked_fill(empty, 1.0)[..., None]
+    mean = (weights / total.masked_fill(empty, 1.0)[:, :, None]).transpose(2, 3) @ v
     state = state.merge(ConstAttnState(log_Z, mean))
     return _read(q, state), state
 
 
-def _attend_later(q: Tensor, k: Tensor, v: Tensor, f: Tensor, chunk_size: int, kernels: bool) -> tuple[Tensor, Tensor]:
-    """What each token reads of the tokens after it alone: y [M,T,V] and lse [M,T].
+def _attend_later(
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor, attend: Callable[..., tuple[Tensor, ...]]
+) -> tuple[Tensor, Tensor]:
+    """What each token reads of the tokens after it alone, by the causal ``attend``: y [M,T,V] and lse [M,T].
 
     From right to left, token t reads S_t = exp(f_t) ∘ (S_{t+1} + exp(k_{t+1}) v_{t+1}ᵀ) with q_t: the causal form on the reversed
     sequence moved by one, read with q_t + f_t (in float64, so that nothing is rounded but once).
@@ -416,19 +461,107 @@ def _attend_later(q: Tensor, k: Tensor, v: Tensor, f: Tensor, chunk_size: int, k
     q = q.to(_log_dtype(q.device)) + f
     log_Z0 = torch.full_like(k[:, 0], _NEG_INF, dtype=q.dtype)
     mean0 = torch.zeros(*k[:, 0].shape, v.shape[-1], dtype=f.dtype, device=v.device)
-    y, lse, _, _ = _chunked(
-        q.flip(1), from_right(k, _NEG_INF), from_right(v, 0.0), from_right(f, 0.0), log_Z0, mean0, chunk_size, kernels
-    )
+    y, lse, _, _ = attend(q.flip(1), from_right(k, _NEG_INF), from_right(v, 0.0), from_right(f, 0.0), log_Z0, mean0)
     return y.flip(1), lse.flip(1)
 
 
 def _join(y_a: Tensor, lse_a: Tensor, y_b: Tensor, lse_b: Tensor) -> Tensor:
     """One softmax over two disjoint sets of tokens from the reads of each: [M,T,V], [M,T] twice → [M,T,V]."""
     empty_a, empty_b = lse_a.isinf(), lse_b.isinf()  # then y is 0, and the other one stands
-    share = (lse_b.masked_fill(empty_b, 0.0) - lse_a.masked_fill(empty_a, 0.0)).sigmoid()
+    ahead = lse_b.masked_fill(empty_b, 0.0) - lse_a.masked_fill(empty_a, 0.0)
+    ahead = ahead.masked_fill(empty_a, float("inf")).masked_fill(empty_b, _NEG_INF)[..., None]
     dtype = _compute_dtype(y_a.dtype)
-    share = share.masked_fill(empty_a, 1.0).masked_fill(empty_b, 0.0).to(dtype)
-    return torch.lerp(y_a.to(dtype), y_b.to(dtype), share[..., None])
+    a, b = (-ahead).sigmoid().to(dtype) * y_a.to(dtype), ahead.sigmoid().to(dtype) * y_b.to(dtype)
+    return a + b  # the difference that lerp takes may overflow
+
+
+# ------------------------------------------------------------------------- a plain form, for what cannot see into an operator
+
+_PLAIN_CHUNK_SIZE = 16
+# A sum of decays that leaves nothing, as −inf does, of keys up to a million: −inf less −inf would be NaN.
+_EMPTIED = -1e7
+
+
+def _needs_plain_form() -> bool:
+    """Whether a transform of torch.func, forward-mode derivatives or an export to ONNX look on."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())  # the latter alone takes 3 µs
+    )
+
+
+def _attend_plain(
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, log_Z0: Tensor, mean0: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `_chunked` computes, by operations that transforms and exporters know, nothing in place and no branch on data:
+    y [M,T,V], lse [M,T], and the state at the end. Differentiable any number of times, forwards and backwards.
+
+    In chunks of 16 tokens every pair has an exponent of its own, where a product of matrices would need a bounded spread; so has
+    every pair of chunks, of which the states at their starts are made. O(T·K·16 + (T/16)²·K): long texts are read in pieces.
+    """
+    T, dtype, log_dtype = q.shape[1], v.dtype, log_Z0.dtype
+    q, k, v = _short_chunks(q.to(log_dtype)), _short_chunks(k.to(log_dtype), _NEG_INF), _short_chunks(v)  # [M,N,C,·]
+    D = torch.zeros_like(q[..., :1]) if f is None else _short_chunks(f.to(log_dtype)).clamp_min(_EMPTIED).cumsum(2)
+    x = k - D  # log weights in the units of the chunk's start
+    highest = _running(x.detach(), torch.maximum)  # up to each token
+
+    # What each chunk adds; and the states at the chunks' starts and at the end [M,N+1,·].
+    log_added, w = _log_sum_exp(x, 2)
+    added_mean = w.to(dtype).transpose(2, 3) @ v
+    log_Z, w = _log_prefix_sums(torch.cat([log_Z0[:, None], log_added + D[:, :, -1]], 1), D[:, :, -1])
+    mean = torch.cat([mean0[:, None], added_mean], 1).transpose(1, 2)  # [M,K,N+1,V]
+    mean = (w.permute(0, 3, 1, 2).to(dtype) @ mean).transpose(1, 2)
+    start = log_Z[:, :-1, None]
+
+    z = q + D
+    r = _finite((z.detach() + torch.maximum(highest, start.detach())).amax(-1, keepdim=True))  # [M,N,C,1]
+    z = z - r
+    # What is still to come may weigh anything, and goes by tril.
+    A = (z[..., None, :] + x[..., None, :, :]).to(dtype).clamp_max(1.0).exp().sum(-1).tril()  # [M,N,C,C]
+    p = (z + start).to(dtype).exp()  # the weights of the state at the start
+    denominator = A.sum(-1, keepdim=True) + p.sum(-1, keepdim=True)
+    empty = denominator == 0
+    denominator = denominator.masked_fill(empty, 1.0)
+    y = (A @ v + p @ mean[:, :-1]) / denominator
+    lse = (r + denominator.to(log_dtype).log()).masked_fill(empty, float("inf"))
+    return y.flatten(1, 2)[:, :T], lse.flatten(1, 3)[:, :T], log_Z[:, -1], mean[:, -1]
+
+
+def _log_linear_recurrence_plain(log_coefficient: Tensor, log_value: Tensor, log_initial: Tensor) -> Tensor:
+    """`log_linear_recurrence` without logcumsumexp, which ONNX does not have."""
+    D = _short_chunks(log_coefficient).cumsum(2)
+    sums = _running(_short_chunks(log_value, _NEG_INF) - D, _log_add_exp)  # of each chunk, in the units of its start
+    total = D[:, :, -1]
+    start, _ = _log_prefix_sums(torch.cat([log_initial[:, None], sums[:, :, -1] + total], 1), total)
+    return (D + _log_add_exp(sums, start[:, :-1, None])).flatten(1, 2)[:, : log_value.shape[1]]
+
+
+def _short_chunks(x: Tensor, fill: float = 0.0) -> Tensor:
+    """[M,T,·] → [M,N,C,·], filled up at the end; an exporter may leave T open."""
+    T, C = x.shape[1], _PLAIN_CHUNK_SIZE
+    N = (T + C - 1) // C
+    return torch.nn.functional.pad(x, (0, 0, 0, N * C - T), value=fill).unflatten(1, (N, C))
+
+
+def _running(x: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """[M,N,C,·]: the tokens of a chunk up to each one, combined in log C steps."""
+    step = 1
+    while step < x.shape[2]:
+        x = torch.cat([x[:, :, :step], combine(x[:, :, step:], x[:, :, :-step])], 2)
+        step *= 2
+    return x
+
+
+def _log_prefix_sums(x: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of exp(x) up to each of n elements, with ``decay`` [M,n−1,·] from one to the next: their logs [M,n,·], and the shares
+    of the elements in them [M,n,n,·]."""
+    emptied = decay <= _EMPTIED
+    D = torch.nn.functional.pad(decay.masked_fill(emptied, 0.0).cumsum(1), (0, 0, 1, 0))
+    times = torch.nn.functional.pad(emptied.long().cumsum(1), (0, 0, 1, 0))  # how often slots have been emptied
+    n = torch.arange(x.shape[1], device=x.device)
+    counts = (n[:, None] >= n)[..., None] & (times[:, :, None] == times[:, None])
+    return _log_sum_exp((D[:, :, None] - D[:, None] + x[:, None]).masked_fill(~counts, _NEG_INF), 2)
 
 
 # ---------------------------------------------------------------------------------------------------- the gate to the GPU kernels
@@ -482,7 +615,7 @@ class _Chunks(NamedTuple):
 def _segment_length(M: int, width: int, chunk_size: int, device: torch.device) -> int:
     """Tokens of whole chunks, as many as `_SEGMENT_SIZE` takes; sym_max: where torch.export leaves the batch open, it stays so."""
     size = _SEGMENT_SIZE["cpu" if device.type == "cpu" else "other"]
-    return torch.sym_max(1, size // (M * width * chunk_size)) * chunk_size
+    return torch.sym_max(1, size // (torch.sym_max(1, M) * width * chunk_size)) * chunk_size
 
 
 def _segments(M: int, T: int, width: int, chunk_size: int, device: torch.device) -> list[slice]:
@@ -651,6 +784,19 @@ def _read_exponents(c: _Chunks) -> tuple[Tensor, Tensor]:
     return exponents, _finite(row_peak).to(c.ref.dtype) + _finite(chunk_peak)
 
 
+def _largest(*tensors: Tensor) -> float:
+    """The largest absolute number; NaN where there is one."""
+    ends = [end.item() for x in tensors if x.numel() for end in torch.aminmax(x)]
+    return max(map(abs, ends), default=0.0)
+
+
+def _times_power(x: Tensor, exponent: int) -> Tensor:
+    """x · 2^exponent, where the power itself may be beyond the dtype."""
+    for part in range(0, exponent, 100 if exponent > 0 else -100):
+        x = x * 2.0 ** max(-100, min(100, exponent - part))
+    return x
+
+
 def _forward_segment(
     q: Tensor,
     k: Tensor,
@@ -692,6 +838,19 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y [M,T,V], lse [M,T]; and the states at the G segments' starts, then at the end: log_Z [M,G+1,K], mean [M,G+1,K,V]."""
     M, T, V = v.shape
+    if f is not None and f.numel() and f.amax() > 0:
+        raise ValueError(
+            f"log_decay must be ≤ 0: its largest entry is {f.amax().item():.3g}. It is the log of what a slot keeps, and a slot "
+            "cannot keep more than all"
+        )
+    largest = _largest(v, mean0)
+    if _LARGE_VALUE[v.dtype] < largest < math.inf:  # in smaller units
+        unit = math.frexp(largest)[1]
+        v, mean0 = _times_power(v, -unit), _times_power(mean0, -unit)
+        y, lse, log_Z, mean = _forward(q, k, v, f, log_Z0, mean0, chunk_size)
+        limit = torch.finfo(v.dtype).max  # which a mean must not exceed by its rounding
+        y, mean = (_times_power(x, unit).clamp(-limit, limit) for x in (y, mean))
+        return y, lse, log_Z, mean
     y = torch.empty_like(v, memory_format=torch.contiguous_format)
     lse = torch.empty(M, T, dtype=log_Z0.dtype, device=v.device)
     states = [(log_Z0, mean0)]
@@ -800,6 +959,17 @@ def _backward(
     """The gradients of q, k, v, f and of the state at the start, from what `_forward` took and gave; ``dlog_Z`` [M,K] and
     ``dmean`` [M,K,V] are those of the state at the end."""
     M, T, V = v.shape
+    value, gradient = _largest(v, mean[:, 0]), _largest(dy, dlse, dlog_Z, dmean)
+    if _LARGE_GRADIENT[v.dtype] < max(value, gradient, value * gradient) < math.inf:  # in smaller units
+        unit, log_unit = math.frexp(value)[1], math.frexp(_largest(dlse, dlog_Z))[1]
+        shift = max(unit + math.frexp(_largest(dy, dmean))[1], log_unit)
+        v, y, mean = (_times_power(x, -unit) for x in (v, y, mean))
+        dy, dmean = (_times_power(x, unit - shift) for x in (dy, dmean))
+        dlse, dlog_Z = (_times_power(x, -shift) for x in (dlse, dlog_Z))
+        dq, dk, dv, df, dlog_Z, dmean = _backward(q, k, v, f, y, lse, log_Z, mean, dy, dlse, dlog_Z, dmean, chunk_size)
+        dq, dk, dlog_Z = (_times_power(x, shift) for x in (dq, dk, dlog_Z))
+        dv, dmean = (_times_power(x, shift - unit) for x in (dv, dmean))
+        return dq, dk, dv, None if df is None else _times_power(df, shift), dlog_Z, dmean
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, f) if x is not None]
     segments = _segments(M, T, max(q.shape[-1], V), chunk_size, v.device)
     for g, s in reversed(list(enumerate(segments))):
@@ -896,7 +1066,15 @@ def _run_backward(ctx, dy, dlse, dlog_Z, dmean):
     return dq, dk, dv, None if f is None else df, dlog_Z0, dmean0, None, None
 
 
+def _refuse_second_backward(ctx, *gradients):
+    raise RuntimeError(
+        "constant_attention is differentiable once by backward(); for higher derivatives use torch.func (hessian, jvp of grad, "
+        "…), under which it takes a plain form, or quadratic_attention"
+    )
+
+
 _chunked.register_autograd(_run_backward, setup_context=_save_for_backward)
+_chunked_backward.register_autograd(_refuse_second_backward)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::step", mutates_args=("log_Z", "mean"))

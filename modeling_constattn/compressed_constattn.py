@@ -48,7 +48,16 @@ import torch
 from torch import Tensor
 
 from .attention_constattn import _CHUNK_SIZE as _SLOT_CHUNK_SIZE
-from .attention_constattn import ConstAttnState, _chunked, _compute_dtype, _finite, _join, _log_dtype, _use_kernels
+from .attention_constattn import (
+    ConstAttnState,
+    _chunked,
+    _compute_dtype,
+    _finite,
+    _join,
+    _log_dtype,
+    _needs_plain_form,
+    _use_kernels,
+)
 
 _CHUNK_SIZE = {
     "cpu": 128,
@@ -305,12 +314,18 @@ def compressed_attention(
     Raises:
         TypeError: for dtypes that are not floating, or differ, or masks that are not bool.
         ValueError: for shapes that do not belong together, and numbers of tokens that do not fit one another.
+        NotImplementedError: under transforms of torch.func, in forward mode, and where it is exported to ONNX.
     """
     W, M, R = sliding_window, num_kept_tokens, max_distance
     _check_inputs(query, key, value, state, W, M, num_sinks, frequencies, R, slot_query, slot_weight, slot_bias, log_decay,
                   key_mask, document_start, is_causal)  # fmt: skip
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1")
+    if _needs_plain_form():
+        raise NotImplementedError(
+            "compressed_attention, of which sliding_attention layers are made too, has derivatives by backward() alone: no "
+            "transforms of torch.func, no forward mode, no export to ONNX. Its definition is quadratic_compressed_attention"
+        )
     (B, heads, T, D), H, V = query.shape, key.shape[1], value.shape[-1]
     K = 0 if slot_query is None else slot_query.shape[-1]
     scaling = D**-0.5 if scaling is None else scaling
@@ -323,7 +338,7 @@ def compressed_attention(
     if T == 0 or B == 0:
         return value.new_zeros(B, heads, T, V), state
 
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast("cpu" if query.is_meta else query.device.type, enabled=False):
         tensors = (query, key, value, slot_query, slot_weight, *state)
         needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
         if T == 1 and is_causal and not needs_gradient and document_start is None:
@@ -966,7 +981,12 @@ def _run_backward(ctx, dy, dlse, *_):
     return *gradients, *[None] * 11
 
 
+def _refuse_second_backward(ctx, *_):
+    raise RuntimeError("compressed_attention is differentiable once; its definition is quadratic_compressed_attention")
+
+
 _exact.register_autograd(_run_backward, setup_context=_save_for_backward)
+_exact_backward.register_autograd(_refuse_second_backward)
 
 
 # --------------------------------------------------------------------------------------------------------------------- bad input

@@ -40,7 +40,8 @@ Numerics
 --------
 log_Z is float64, all else float32. What cancels is held as a pair of float32, x = x_hi + x_lo, and rounded once, in exp.
 Products are bfloat16 for bfloat16 inputs, otherwise three TF32 products, which come to float32 (error 5e-7).
-Queries and keys beyond ±2^20 and decays below −2^14, other than −inf, are taken as these.
+Queries and keys beyond ±2^20 and decays below −2^14, other than −inf, are taken as these. Values beyond 2^100, or 2^20 times
+their gradients, may overflow, and decays above 0 mean nothing: the kernels do not look.
 """
 
 import os

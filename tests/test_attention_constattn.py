@@ -275,21 +275,339 @@ def test_document_start_behind_padding():
     check_against_definition(Inputs(query, key, value, log_decay, key_mask))
 
 
-def test_largest_finite_inputs():
+EXTREMES = torch.tensor([3e38, -3e38, 1e30, -1e30, 1e-40, 0.0, 1.0, -1.0])
+
+
+@pytest.mark.parametrize("T", [70, 1])
+@pytest.mark.parametrize("form", ["chunks", "plain"])
+def test_largest_finite_inputs(form, T, monkeypatch):
     """No NaN or inf from any finite input: the extremes of float32, mixed at random."""
+    monkeypatch.setattr(attention_constattn, "_needs_plain_form", lambda: form == "plain")
     generator = torch.Generator().manual_seed(0)
-    extremes = torch.tensor([3e38, -3e38, 1e30, -1e30, 1e-40, 0.0, 1.0, -1.0])
 
     def draw(*shape):
-        return extremes[torch.randint(len(extremes), shape, generator=generator)].requires_grad_()
+        return EXTREMES[torch.randint(len(EXTREMES), shape, generator=generator)].requires_grad_()
 
-    query, key = draw(2, 2, 70, 4), draw(2, 2, 70, 4)
-    value = torch.randn(2, 2, 70, 5, generator=generator, requires_grad=True)
-    log_decay = -draw(2, 2, 70, 4).detach().abs()
-    for is_causal, decay in ((True, None), (True, log_decay), (False, None)):
+    query, key = draw(2, 2, T, 4), draw(2, 2, T, 4)
+    value = torch.randn(2, 2, T, 5, generator=generator, requires_grad=True)
+    log_decay = -draw(2, 2, T, 4).detach().abs()
+    for is_causal, decay in ((True, None), (True, log_decay), (False, None), (False, log_decay)):
         output, state = constant_attention(query, key, value, log_decay=decay, is_causal=is_causal)
         assert output.isfinite().all() and state.mean.isfinite().all()
         assert all(grad.isfinite().all() for grad in torch.autograd.grad(output.sum(), (query, key, value)))
+
+
+def check_in_range(actual: Tensor, expected: Tensor, error: float):
+    """Against float64, relative to its largest entry: where that lets float32 hold it. Elsewhere infinite, never NaN."""
+    error = error * expected.abs().max()
+    held = expected.abs() + error < torch.finfo(torch.float32).max
+    assert actual[held].isfinite().all() and not actual.isnan().any()
+    assert ((actual.double() - expected)[held].abs() <= error).all()
+
+
+@pytest.mark.parametrize("sign", ["one sign", "both signs"])
+@pytest.mark.parametrize("decay", [None, "slot", "documents"])
+@pytest.mark.parametrize("largest", [1e20, 3e37, 3.4e38])
+def test_largest_values(largest, decay, sign):
+    """Sums of 64 of them overflow, and so do their products with weights in the units of the chunk's end."""
+    inputs = make_inputs(130, decay=decay, masked=True)
+    value = inputs.value.abs() if sign == "one sign" else inputs.value
+    value = value.float() * (largest / value.abs().max().item())
+    inputs = inputs._replace(value=value.double())
+    exact, single = leaves(inputs, torch.float64), leaves(inputs, torch.float32)
+    expected = quadratic_attention(*exact[:3], **options(inputs, exact))
+    output, state = constant_attention(*single[:3], **options(inputs, single))
+    check_in_range(output, expected, OUTPUT_ERROR)
+    check_in_range(state.mean, definition_of_state(inputs)[1], OUTPUT_ERROR)
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    for scale in (1.0, 1e-30, 1e30):
+        grads = torch.autograd.grad(output, single, direction * scale, retain_graph=True)
+        expected_grads = torch.autograd.grad(expected, exact, direction.double() * scale, retain_graph=True)
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            check_in_range(grad, expected_grad, GRADIENT_ERROR)
+
+
+def test_means_of_the_largest_number_do_not_round_beyond_it():
+    query, key, *_ = make_inputs(130)
+    value = torch.full((2, 2, 130, 3), torch.finfo(torch.float32).max)
+    output, state = constant_attention(query.float(), key.float(), value)
+    torch.testing.assert_close(output, value)
+    torch.testing.assert_close(state.mean, value[:, :, :16])
+
+
+def test_large_values_where_weights_spread():
+    """A chunk that spreads by some e^50 is worked on in float32, where a value of 1e18 times e^50 overflows."""
+    inputs = make_inputs(64, growth=0.75, decay="slot")
+    inputs = inputs._replace(value=inputs.value * 2.0**60)
+    exact, single = leaves(inputs, torch.float64), leaves(inputs, torch.float32)
+    expected = quadratic_attention(*exact[:3], log_decay=exact[3])
+    output, _ = constant_attention(*single[:3], log_decay=single[3])
+    grads, expected_grads = (torch.autograd.grad(y.sum(), x) for y, x in ((output, single), (expected, exact)))
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        check_in_range(grad, expected_grad, GRADIENT_ERROR)
+
+
+@pytest.mark.parametrize("decay", [None, "slot"])
+def test_largest_values_not_causal(decay):
+    inputs = make_inputs(130, decay=decay)
+    value = inputs.value * (3.4e38 / inputs.value.abs().max())
+    expected = quadratic_attention(*inputs[:2], value, log_decay=inputs.log_decay, is_causal=False)
+    single = [None if x is None else x.float() for x in (inputs.query, inputs.key, value, inputs.log_decay)]
+    output, _ = constant_attention(*single[:3], log_decay=single[3], is_causal=False)
+    check_in_range(output, expected, OUTPUT_ERROR)
+    gentle = leaves(inputs._replace(value=value * 1e-8), torch.float32)
+    output, _ = constant_attention(*gentle[:3], **options(inputs, gentle), is_causal=False)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(output.sum(), gentle))
+
+
+def test_largest_values_of_single_tokens():
+    """Up to half of the largest number; and states of up to the largest merge."""
+    half = torch.finfo(torch.float32).max / 2
+    query, key = torch.randn(1, 1, 1, 4), torch.randn(1, 1, 1, 4)
+    value = torch.tensor([half, -half, half])[None, None, None]
+    _, state = constant_attention(query, key, value)
+    output, state = constant_attention(query, key, -value, state)
+    torch.testing.assert_close(output, torch.zeros_like(output), rtol=0, atol=1e-6 * half)
+    a, b = (ConstAttnState(torch.zeros(1, 1, 2).double(), torch.full((1, 1, 2, 3), 2 * x)) for x in (half, -half))
+    assert (a.merge(b).mean == 0).all()
+
+
+@pytest.mark.parametrize("slots", [4, 1], ids=["per slot", "per head"])
+def test_decay_above_zero(slots):
+    query, key, value = torch.randn(1, 2, 40, 4), torch.randn(1, 2, 40, 4), torch.randn(1, 2, 40, 5)
+    log_decay = torch.full((1, 2, 40, slots), -0.1)
+    log_decay[0, 1, 30] = 1.5
+    for is_causal in (True, False):
+        with pytest.raises(ValueError, match=r"log_decay must be ≤ 0: its largest entry is 1\.5"):
+            constant_attention(query, key, value, log_decay=log_decay, is_causal=is_causal)
+    key_mask = torch.arange(40)[None] != 30  # a masked token may hold anything
+    constant_attention(query, key, value, log_decay=log_decay, key_mask=key_mask)
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("decay", [None, "slot"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_what_a_masked_token_holds_reaches_no_gradient(poison, decay, is_causal):
+    """Its own row aside, which nobody reads."""
+    inputs = make_inputs(70, decay=decay, masked=True)
+    masked = ~inputs.key_mask[:, None, :, None]
+
+    def gradients(held: float) -> list[Tensor]:
+        tensors = [x.detach() for x in leaves(inputs, torch.float32)]
+        tensors = [x.masked_fill(masked, held).requires_grad_() for x in tensors]
+        output, _ = constant_attention(*tensors[:3], **options(inputs, tensors), is_causal=is_causal)
+        grads = torch.autograd.grad(output.masked_fill(masked, 0.0).square().sum(), tensors)
+        return [grad.masked_fill(masked, 0.0) for grad in grads]
+
+    for grad, expected in zip(gradients(poison), gradients(-1.0), strict=True):
+        torch.testing.assert_close(grad, expected)
+
+
+# ------------------------------------------------------------------------------------------- transforms, and the plain form
+
+
+@pytest.fixture
+def plain_form(monkeypatch):
+    monkeypatch.setattr(attention_constattn, "_needs_plain_form", lambda: True)
+
+
+@pytest.mark.parametrize("scale", [1, 20, 1000])
+@pytest.mark.parametrize("decay", [None, "slot", "head", "strong", "documents"])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+def test_plain_form(is_causal, decay, scale, plain_form):
+    for T in (1, 2, 16, 17, 65):
+        check_against_definition(make_inputs(T, scale, decay=decay, masked=T > 2), is_causal=is_causal)
+
+
+@pytest.mark.parametrize("decay", [None, "slot", "documents"])
+@pytest.mark.parametrize("T", [1, 40])
+def test_plain_form_from_a_state(T, decay, plain_form, monkeypatch):
+    _, state = constant_attention(*make_inputs(50, seed=1)[:3])
+    inputs = make_inputs(T, decay=decay, masked=True)
+    arguments = {"log_decay": inputs.log_decay, "key_mask": inputs.key_mask}
+    plain = constant_attention(*inputs[:3], state, **arguments)
+    monkeypatch.undo()
+    torch.testing.assert_close(plain, constant_attention(*inputs[:3], state, **arguments))
+
+
+torch_jvp_warns = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)  # of its own code
+FORMS = {
+    "causal": {},
+    "forgetting": {"decay": "documents"},
+    "one token": {"T": 1, "decay": "slot"},
+    "bidirectional": {"is_causal": False},
+    "bidirectional forgetting": {"is_causal": False, "decay": "slot"},
+}
+
+
+@torch_jvp_warns
+@pytest.mark.parametrize(
+    "transform", ["jvp", "forward_ad", "grad", "vmap", "vmap of grad", "jacrev", "jacfwd", "hessian"]
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_transforms(form, transform):
+    """What torch.func and forward-mode derivatives make of it is what they make of the definition."""
+    form = {"T": 20, "decay": None, "is_causal": True} | FORMS[form]
+    inputs = make_inputs(form["T"], decay=form["decay"], masked=form["T"] > 1, B=1, K=3, V=2)
+    arguments = {"log_decay": inputs.log_decay, "key_mask": inputs.key_mask, "is_causal": form["is_causal"]}
+    several = tuple(torch.stack([x, 2 * x, x + 1]) for x in inputs[:3])
+
+    def apply(attend):
+        def loss(*x):
+            return attend(*x).square().sum()
+
+        if transform == "jvp":
+            return torch.func.jvp(attend, inputs[:3], tuple(x.cos() for x in inputs[:3]))
+        if transform == "forward_ad":
+            with torch.autograd.forward_ad.dual_level():
+                dual = (torch.autograd.forward_ad.make_dual(x, x.cos()) for x in inputs[:3])
+                return tuple(torch.autograd.forward_ad.unpack_dual(attend(*dual)))
+        if transform == "grad":
+            return torch.func.grad(loss, (0, 1, 2))(*inputs[:3])
+        if transform == "vmap":
+            return torch.func.vmap(attend)(*several)
+        if transform == "vmap of grad":
+            return torch.func.vmap(torch.func.grad(loss, (0, 1, 2)))(*several)
+        return getattr(torch.func, transform)(loss if transform == "hessian" else attend, (0, 1, 2))(*inputs[:3])
+
+    expected = apply(lambda *x: quadratic_attention(*x, **arguments))
+    torch.testing.assert_close(apply(lambda *x: constant_attention(*x, **arguments)[0]), expected)
+
+
+@torch_jvp_warns
+def test_transforms_see_the_state():
+    inputs = make_inputs(20, decay="slot", B=1, K=3, V=2)
+    _, state = constant_attention(*make_inputs(5, B=1, K=3, V=2, seed=1)[:3])
+
+    def attend(log_Z, mean, log_decay):
+        output, state = constant_attention(*inputs[:3], ConstAttnState(log_Z, mean), log_decay=log_decay)
+        return output, *state
+
+    primals = (*state, inputs.log_decay)
+    forwards, backwards = torch.func.jacfwd(attend, (0, 1, 2))(*primals), torch.func.jacrev(attend, (0, 1, 2))(*primals)
+    torch.testing.assert_close(forwards, backwards)
+    leaves = [x.clone().requires_grad_() for x in primals]
+    grads = torch.autograd.grad(sum(x.sum() for x in attend(*leaves)), leaves)
+    for i, grad in enumerate(grads):
+        total = sum(x[i].flatten(0, x[i].dim() - grad.dim() - 1).sum(0) for x in backwards)
+        torch.testing.assert_close(total, grad)
+
+
+def test_twice_backwards_is_refused_in_words():
+    query, key, value, *_ = make_inputs(20)
+    query.requires_grad_()
+    output, _ = constant_attention(query, key, value)
+    (grad,) = torch.autograd.grad(output.sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiable once by backward\(\).*torch\.func"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(("B", "H", "T"), [(0, 2, 5), (2, 0, 5), (2, 2, 0), (0, 2, 1)], ids=str)
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("decay", [False, True], ids=["plain", "forgetting"])
+def test_nothing_at_all(B, H, T, is_causal, decay):
+    """No rows, no heads or no tokens: empty outputs, the state as it was, gradients of the right shapes."""
+    tensors = [torch.zeros(B, H, T, size, requires_grad=True) for size in (4, 4, 5, 4)]
+    state = None
+    if is_causal or not decay:
+        state = ConstAttnState(torch.ones(B, H, 4).double(), torch.ones(B, H, 4, 5, requires_grad=True))
+    log_decay = tensors[3] if decay else None
+    for function in (constant_attention, lambda *x, **y: (quadratic_attention(*x[:3], **y), None)):
+        output, after = function(*tensors[:3], state, log_decay=log_decay, is_causal=is_causal)
+        assert output.shape == (B, H, T, 5)
+        unused = {"allow_unused": function is not constant_attention, "retain_graph": True}
+        grads = torch.autograd.grad(output.sum(), tensors[:3], **unused)
+        assert all(grad is None or grad.shape == x.shape for grad, x in zip(grads, tensors, strict=False))
+        if after is not None and state is not None:
+            torch.testing.assert_close(after, state, check_dtype=False)
+            assert torch.equal(torch.autograd.grad(after.mean.sum(), state.mean)[0], torch.ones_like(state.mean))
+    with torch.no_grad():
+        assert (
+            constant_attention(*tensors[:3], state, log_decay=log_decay, is_causal=is_causal)[0].shape == output.shape
+        )
+
+
+@pytest.mark.parametrize("T", [1, 100])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("decay", [None, "slot"])
+def test_meta_tensors_have_the_right_shapes(decay, is_causal, T):
+    inputs = make_inputs(T, decay=decay, masked=True)
+    single = leaves(inputs, torch.bfloat16)
+    meta = [x.detach().to("meta").requires_grad_() for x in single]
+    mask = inputs.key_mask
+
+    def everything(tensors, mask):
+        arguments = {"log_decay": tensors[3] if decay else None, "key_mask": mask, "is_causal": is_causal}
+        output, state = constant_attention(*tensors[:3], **arguments)
+        return [output, *state, *torch.autograd.grad(output.sum(), tensors)]
+
+    for actual, expected in zip(everything(meta, mask.to("meta")), everything(single, mask), strict=True):
+        assert actual.is_meta and (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+
+
+@pytest.mark.parametrize("T", [1, 70])
+@pytest.mark.parametrize("decay", [None, "slot", "head"])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+def test_strides_change_nothing(is_causal, decay, T):
+    """Views of other layouts, and one number for all (stride 0), also as the gradient that comes in."""
+    inputs = make_inputs(T, decay=decay)
+    arguments = {"log_decay": inputs.log_decay, "is_causal": is_causal}
+    views = [x if x is None else x.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0) for x in inputs[:4]]
+    for grads_wanted in (False, True):
+        plain, other = ([x if x is None else x.detach() for x in tensors[:4]] for tensors in (inputs, views))
+        for tensors in (plain, other):
+            tensors[2] = tensors[2][:1, :, :, :1].expand_as(tensors[2])
+        results = []
+        for tensors in (plain, other):
+            tensors = [x if x is None else x.requires_grad_(grads_wanted) for x in tensors]
+            output, state = constant_attention(*tensors[:3], log_decay=tensors[3], is_causal=is_causal)
+            given = [x for x in tensors if x is not None]
+            results.append([output, *state, *(torch.autograd.grad(output.sum(), given) if grads_wanted else ())])
+        torch.testing.assert_close(*results)
+        expected = quadratic_attention(plain[0], plain[1], plain[2], **arguments)
+        torch.testing.assert_close(results[1][0], expected)
+
+
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("wanted", ["query", "key", "value", "log_decay", "log_Z", "mean"])
+def test_gradient_of_one_tensor_alone(wanted, T):
+    """Also where a slot is empty and the token masked: 0, not NaN."""
+    inputs = make_inputs(T, decay="slot", K=3, V=2)._replace(key_mask=torch.arange(2 * T).view(2, T) > 0)
+    _, state = constant_attention(*make_inputs(5, K=3, V=2, seed=1)[:3])
+    state.log_Z[..., 0], state.mean[..., 0, :] = -torch.inf, 0.0
+
+    def loss(x: Tensor) -> Tensor:
+        arguments = inputs._asdict() | state._asdict() | {wanted: x}
+        arguments["state"] = ConstAttnState(arguments.pop("log_Z"), arguments.pop("mean"))
+        return constant_attention(**arguments)[0].square().sum()
+
+    x = (inputs._asdict() | state._asdict())[wanted]
+    (grad,) = torch.autograd.grad(loss(leaf := x.clone().requires_grad_()), leaf)
+    assert grad.isfinite().all() and (grad != 0).any()
+    torch.testing.assert_close(grad, torch.func.grad(loss)(x))
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("decay", [None, "slot"])
+def test_modes_change_nothing(decay, is_causal):
+    """Autocast, inference mode, deterministic algorithms (which fill new memory with NaN)."""
+    inputs = make_inputs(70, decay=decay, masked=True)
+    arguments = {"log_decay": inputs.log_decay, "key_mask": inputs.key_mask, "is_causal": is_causal}
+    tensors = [x.float() for x in inputs[:3]]
+    expected = constant_attention(*tensors, **arguments)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            torch.testing.assert_close(constant_attention(*tensors, **arguments), expected, rtol=0, atol=0)
+    with torch.inference_mode():
+        torch.testing.assert_close(constant_attention(*tensors, **arguments), expected, rtol=0, atol=0)
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.testing.assert_close(constant_attention(*tensors, **arguments), expected, rtol=0, atol=0)
+        check_against_definition(inputs, is_causal)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 # ----------------------------------------------------------------------------------------------------------------- states
@@ -390,6 +708,8 @@ def test_log_linear_recurrence_is_its_definition():
         x = torch.logaddexp(x + log_a[:, t], b[:, t])
         expected.append(x)
     torch.testing.assert_close(log_linear_recurrence(log_a, b, initial), torch.stack(expected, 1))
+    plain = attention_constattn._log_linear_recurrence_plain(log_a, b, initial)
+    torch.testing.assert_close(plain, torch.stack(expected, 1))
 
 
 # -------------------------------------------------------------------------------------------------------------- bad input

@@ -243,6 +243,29 @@ def test_rotary_positions_are_exact_far_out():
         torch.testing.assert_close(torch.cat([output, step], 2), whole[:, :, 20:], rtol=0, atol=3e-6)
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.jacfwd], ids=lambda x: x.__name__)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, in jacfwd
+def test_what_has_no_derivatives_says_so(transform):
+    inputs = make_inputs(9, with_slots=True)
+    attend = lambda query: compressed_attention(query, **inputs, sliding_window=4, num_kept_tokens=2)[0].sum()  # noqa: E731
+    query = inputs.pop("query")
+    with pytest.raises(NotImplementedError, match="quadratic_compressed_attention"):
+        transform(attend)(query[None] if transform is torch.func.vmap else query)
+    query.requires_grad_()
+    (grad,) = torch.autograd.grad(attend(query), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.sum().backward()
+
+
+def test_meta_tensors_have_the_right_shapes():
+    inputs = make_inputs(9, with_slots=True)
+    expected, state = compressed_attention(**inputs, sliding_window=4, num_kept_tokens=2)
+    meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    output, meta_state = compressed_attention(**meta, sliding_window=4, num_kept_tokens=2)
+    for actual, right in zip((output, *meta_state), (expected, *state), strict=True):
+        assert actual.is_meta and (actual.shape, actual.dtype) == (right.shape, right.dtype)
+
+
 def test_no_token_and_no_row():
     inputs = make_inputs(5, True)
     _, state = compressed_attention(**inputs, **KINDS["kept"])

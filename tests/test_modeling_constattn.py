@@ -413,6 +413,22 @@ def test_padding_reaches_no_gradient(model, ids):
     close(*grads)
 
 
+@pytest.mark.parametrize("kind", ["default", "heinsen"])
+def test_gradients_of_each_row_by_vmap(kind, ids):
+    """As differential privacy and influence functions take them."""
+    model = make_model(kind)
+
+    def loss(parameters, row):
+        return torch.func.functional_call(model, parameters, (row[None],), {"labels": row[None]}).loss
+
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    by_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, ids[:2, :20])
+    for number, row in enumerate(ids[:2, :20]):
+        grads = torch.autograd.grad(model(row[None], labels=row[None]).loss, list(model.parameters()))
+        for (name, _), grad in zip(model.named_parameters(), grads, strict=True):
+            torch.testing.assert_close(by_row[name][number], grad, rtol=1e-4, atol=1e-6)
+
+
 def test_bf16_autocast(model, ids):
     expected = model(ids, labels=ids).loss
     with torch.autocast("cpu", torch.bfloat16):
