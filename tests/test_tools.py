@@ -326,7 +326,7 @@ def test_export_takes_any_length(kind, ids):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["pure", "heinsen"])
+@kinds
 def test_export_with_cache(kind, ids):
     """One exported decode step carries the state from token to token."""
     from transformers.exporters import DynamoConfig, DynamoExporter
