@@ -52,6 +52,7 @@ from .attention_constattn import (
     ConstAttnState,
     _chunked,
     _compute_dtype,
+    _exp_,
     _finite,
     _join,
     _log_dtype,
@@ -715,14 +716,19 @@ class _Exact:
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x [N,A,·] at index [N,n] → [N,n,·]."""
-    return x.gather(1, index[..., None].expand(*index.shape, x.shape[-1]))
+    """x [N,A,·] at index [N,n] → [N,n,·]; whole rows at a time, which `gather` does not take."""
+    return x.flatten(0, 1).index_select(0, _flat(index, x.shape[1])).view(*index.shape, x.shape[2])
+
+
+def _flat(index: Tensor, size: int) -> Tensor:
+    """index [N,n] into N rows of ``size`` as one index [N·n] into all of them."""
+    return (index + size * torch.arange(len(index), device=index.device)[:, None]).flatten()
 
 
 def _weights_(scores: Tensor) -> tuple[Tensor, Tensor]:
     """exp(scores − peak), in place, and the peak of each row [...,1]; 0 where all are −inf."""
     peak = _finite(scores.amax(-1, keepdim=True))
-    return scores.sub_(peak).exp_(), peak
+    return _exp_(scores.sub_(peak)), peak
 
 
 def _is_coarse(peak: Tensor) -> bool:
@@ -836,7 +842,7 @@ def _backward(
 
         def gradients(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             """p and ds [N,G·C,n] of scores and their values [N,n,V]."""
-            p = scores.sub_(row_lse).exp_()  # noqa: B023
+            p = _exp_(scores.sub_(row_lse))  # noqa: B023
             return p, torch.bmm(row_dy, v.transpose(1, 2)).sub_(delta).mul_(p)  # noqa: B023
 
         scores = torch.bmm(queries, k_rot[:, keys].transpose(1, 2))
@@ -854,7 +860,8 @@ def _backward(
             p, ds = gradients(scores, _rows(x.v, index).to(compute))
 
             def add(total: Tensor, part: Tensor) -> None:
-                total.scatter_add_(1, index[..., None].expand_as(part), part.to(dtype))  # noqa: B023
+                flat = _flat(index, total.shape[1])  # noqa: B023
+                total.view(-1, total.shape[2]).index_add_(0, flat, part.to(dtype).flatten(0, 1))
 
             add(dv, torch.bmm(p.transpose(1, 2), row_dy))
             if q_far is not None:
