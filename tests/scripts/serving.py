@@ -28,7 +28,9 @@ class Alone:
         eos = self.tokenizer.eos_token
         between = (eos if self.ids else "") + f"[user]{text.strip()}{eos}[assistant]"
         self.ids += self.tokenizer(between, add_special_tokens=False)["input_ids"]
-        new = self.model.generate(torch.tensor([self.ids]), max_new_tokens=max_tokens, do_sample=False)
+        ids = torch.tensor([self.ids])
+        # without a mask, generate() hides the padding tokens that the model itself has written
+        new = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False)
         ends = self.model.generation_config.eos_token_id
         answer = [token for token in new[0, len(self.ids) :].tolist() if token not in ends]
         self.ids += answer
