@@ -376,7 +376,8 @@ def rotary_frequencies(config: ConstAttnConfig) -> tuple[list[float], float]:
         exponent = torch.arange(0, features, 2, device="cpu").float() / features
         return (1.0 / parameters["rope_theta"] ** exponent).tolist(), 1.0
     function = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
-    frequencies, factor = function(config, torch.device("cpu"), seq_len=config.max_distance)
+    with torch.device("cpu"):  # which not all that they make asks for, where a model is loaded by way of "meta"
+        frequencies, factor = function(config, torch.device("cpu"), seq_len=config.max_distance)
     if factor != 1.0 and 2 * len(frequencies) < config.head_dim:
         raise ValueError(
             f"rope_type={parameters['rope_type']!r} scales the features that turn, by {factor}: with partial_rotary_factor="

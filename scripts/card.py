@@ -52,8 +52,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"model_cards/{folder.name}.md")
 
 
-def make_card(folder: Path, reports: Path, repo_id: str | None = None) -> ModelCard:
-    """The card of a checkpoint or of a config.json alone, with what the JSON files in `reports` say was measured."""
+def make_card(folder: Path, reports: Path, repo_id: str | None = None, name: str | None = None) -> ModelCard:
+    """The card of a checkpoint or of a config.json alone, with what the JSON files in `reports` say was measured.
+
+    Its title is the name of `repo_id`, else `name`, else that of the folder. What a converted model was made of is in its config.
+    """
     config = load_config(folder)
     auto_class, model_class = architecture(config)
     kind, pipeline_tag = KINDS[auto_class]
@@ -61,11 +64,15 @@ def make_card(folder: Path, reports: Path, repo_id: str | None = None) -> ModelC
     for report, script in ((training, "train.py"), (evaluation, "evaluate.py --output")):
         if report is not None and "data" not in report:  # as an earlier version of the script wrote it
             raise SystemExit(f"error: a report in '{reports}' does not say on what data: run scripts/{script} again")
-    name = repo_id.split("/")[-1] if repo_id else folder.name
+    name = repo_id.split("/")[-1] if repo_id else name or folder.name
     results = eval_results(pipeline_tag, training, evaluation)
-    base_model = training["base_model"] if training else None
+    converted = getattr(config, "converted_from", None)
+    base_model = converted["name"] if converted else training["base_model"] if training else None
+    license = converted or {"license": "apache-2.0"}
     data = ModelCardData(
-        license="apache-2.0",
+        license=license.get("license"),
+        license_name=license.get("license_name"),
+        license_link=license.get("license_link"),
         library_name="transformers",
         pipeline_tag=pipeline_tag,
         tags=["constattn", "constant-cost-attention"],
@@ -75,7 +82,8 @@ def make_card(folder: Path, reports: Path, repo_id: str | None = None) -> ModelC
         eval_results=results or None,
     )
     parameters, state_bytes = sizes(config, model_class)
-    location = repo_id or (training["run"]["training"]["output_dir"] if training else f"configuration/models/{name}")
+    here = "." if converted else f"configuration/models/{name}"
+    location = repo_id or (training["run"]["training"]["output_dir"] if training else here)
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -94,6 +102,8 @@ def make_card(folder: Path, reports: Path, repo_id: str | None = None) -> ModelC
         has_weights=has_weights(folder),
         has_tokenizer=bool(training) or any(folder.glob("tokenizer*")),
         is_chat=(folder / "chat_template.jinja").exists(),
+        is_compressed=set(config.mixer_types) == {"compressed_attention"},
+        converted=converted,
         training=training,
         evaluation=evaluation,
         quickstart=quickstart,

@@ -89,12 +89,17 @@ def write_folder(checkpoint: Path, repo_id: str) -> Path:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         card = checkpoint / "README.md"
-        if card.exists():
+        if card.exists() and not is_generated(card):
             check_card(card)
             shutil.copyfile(card, folder / "README.md")
         else:
             make_card(checkpoint, checkpoint, repo_id).save(folder / "README.md")
     return checkpoint / "hub"
+
+
+def is_generated(file: Path) -> bool:
+    """Whether a checkpoint's README.md is as convert.py wrote it: the Hub's has its name."""
+    return file.read_bytes() == str(make_card(file.parent, file.parent)).encode()
 
 
 def check_card(file: Path) -> None:

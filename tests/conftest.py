@@ -9,9 +9,10 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -129,6 +130,29 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}]{{ message.content | trim }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+
+
+@pytest.fixture(scope="session")
+def make_source(trained: Path) -> Callable[..., Path]:
+    """Writes a random model of another architecture of Transformers', of two layers, with a tokenizer, for convert.py."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def write(folder: Path, config_class: Any, **fields: Any) -> Path:
+        sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        shared = {"max_position_embeddings": 128, "tie_word_embeddings": False, "pad_token_id": None}
+        torch.manual_seed(0)
+        config = config_class(**(sizes | heads | shared | fields))
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(trained).save_pretrained(folder)
+        return folder
+
+    return write
 
 
 @pytest.fixture(scope="session", params=["constant", "hybrid"])

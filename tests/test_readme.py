@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -92,6 +92,23 @@ def test_command_takes_its_options(line: str, evaluate_script: ModuleType, monke
     for argument in arguments:
         if argument.startswith("configuration/"):
             assert Path(argument).exists()
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen3"])
+def test_bring_your_own_model(architecture: str, make_source: Callable, tmp_path: Path, monkeypatch, capsys):
+    """The commands of the section, on a small random model."""
+    import transformers
+
+    make_source(tmp_path / "HuggingFaceTB/SmolLM2-135M-Instruct", getattr(transformers, f"{architecture}Config"))
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"## Bring your own model\n\n```bash\n(.*?)```", PAGES["README.md"], re.DOTALL)
+    for line in block.splitlines():
+        _, script, *arguments = shlex.split(line)
+        importlib.import_module(Path(script).stem).main(arguments)
+    printed = capsys.readouterr()
+    assert "max |Δ logit|" in printed.out and "new tokens" in printed.err and "what would be sent" in printed.out
+    config = json.loads((tmp_path / "runs/smollm2/hub/config.json").read_text())
+    assert (config["sliding_window"], config["num_kept_tokens"]) == (256, 128)
 
 
 def anchors(page: Path) -> set[str]:

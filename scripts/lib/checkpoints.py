@@ -42,12 +42,12 @@ def architecture(config: Any) -> tuple[str, Any]:
     raise SystemExit(f"error: config.json names the architectures {config.architectures}; it should be one of {known}")
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     name = _resolve(name)
-    if Path(name).is_dir() and not list(Path(name).glob("*token*")):  # from_pretrained would make an empty one
-        raise SystemExit(f"error: folder '{name}' holds no tokenizer")
+    if "gguf_file" not in options and Path(name).is_dir() and not list(Path(name).glob("*token*")):
+        raise SystemExit(f"error: folder '{name}' holds no tokenizer")  # from_pretrained would make an empty one
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # each kind of tokenizer file fails in its own way
         raise SystemExit(f"error: {_kind(name)} has no tokenizer that can be loaded: {reason(error)}") from error
     if len(tokenizer) < 2:
@@ -67,7 +67,7 @@ def load_model(
     With `new_head`, the checkpoint may be of another task: what lies outside the base model may be missing.
     """
     name = _resolve(name)
-    if Path(name).is_dir() and not has_weights(Path(name)):
+    if "gguf_file" not in options and Path(name).is_dir() and not has_weights(Path(name)):
         raise SystemExit(f"error: folder '{name}' holds no weights ({' or '.join(WEIGHTS[:2])})")
     try:
         model, report = auto_class.from_pretrained(name, output_loading_info=True, **options)

@@ -10,6 +10,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub.dataclasses import type_validator
@@ -76,6 +77,17 @@ def read_mapping(file: Path, kind: str, lines: str = "key: value") -> dict:
     if not isinstance(values, dict):
         raise SystemExit(f"error: {kind} file '{file}' holds no '{lines}' lines")
     return values
+
+
+def read_override(override: str) -> tuple[str, Any]:
+    """Key and value of a command's argument `key=value`, the value in YAML."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise SystemExit(f"error: '{override}' is not of the form key=value")
+    try:
+        return key, yaml.load(text, Loader=RunLoader)
+    except yaml.YAMLError as error:
+        raise SystemExit(f"error: the value of '{override}' is not YAML: {error}") from error
 
 
 def check_keys(values: dict, types: dict, known: list[str], prefix: str) -> None:

@@ -35,7 +35,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from lib.blocks import BlockTrainer
 from lib.checkpoints import WEIGHTS, check_vocabulary, has_weights, load_config, load_model, load_tokenizer
 from lib.documents import load_documents, source_names, start_token_id
-from lib.runs import Run, RunLoader, check_keys, read_mapping
+from lib.runs import Run, check_keys, read_mapping, read_override
 from lib.staging import locked, staged
 from lib.tasks import TASKS
 from lib.trainer import StrictTrainer
@@ -160,13 +160,7 @@ def save(trainer: StrictTrainer, summary: dict) -> None:
 def read_run(file: Path, overrides: list[str]) -> Run:
     values = read_mapping(file, "run")
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise SystemExit(f"error: '{override}' is not of the form key=value")
-        try:
-            value = yaml.load(text, Loader=RunLoader)
-        except yaml.YAMLError as error:
-            raise SystemExit(f"error: the value of '{override}' is not YAML: {error}") from error
+        key, value = read_override(override)
         mapping = values
         *outer, last = key.split(".")
         for name in outer:
