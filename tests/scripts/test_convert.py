@@ -1,5 +1,6 @@
 """Conversions of tiny random models: the weights are the source's, and within the window so is all that they say."""
 
+import asyncio
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from serving import ask, client
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -138,6 +140,23 @@ def test_all_that_belongs_to_it(llama: Path, output: Path, capsys):
 
     generate.main([str(output), "--prompt", "What is", "--max-new-tokens", "5"])
     assert "5 new tokens" in capsys.readouterr().err
+
+
+def test_the_server_answers_as_the_source_does(make_source: Callable, tmp_path: Path, output: Path):
+    folder = make_source(tmp_path / "source", Qwen3Config)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    convert.main([str(folder), str(output)])
+
+    async def answer() -> str:
+        async with client(output, tmp_path / "sessions") as http:
+            return (await ask(http, "What is this?"))["content"]
+
+    source = AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer("[user]What is this?", return_tensors="pt").input_ids
+    new = source.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert asyncio.run(answer()) == tokenizer.decode(new, skip_special_tokens=True)
 
 
 def test_the_hubs_card_has_the_hubs_name(llama: Path, output: Path):
