@@ -43,6 +43,7 @@ from .cache_constattn import (
 )
 from .compressed_constattn import compressed_attention, compressed_step_
 from .configuration_constattn import ConstAttnConfig
+from .context_constattn import refuse_foreign_parallelism
 from .heinsen_constattn import HeinsenBlock, HeinsenPositions
 from .state_files_constattn import load_cache, save_cache  # noqa: F401  the file travels with a checkpoint's code
 
@@ -608,8 +609,9 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
         Raises:
             ValueError: if both or neither of input_ids and inputs_embeds are given, or no tokens; if positions, a mask or a cache
                 do not fit, a mask hides what the cache has read, or position_ids run on where another argument says that a packed
-                document starts.
+                document starts; or if Accelerate is to cut the sequences, by sp_size or cp_size.
         """
+        refuse_foreign_parallelism()
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if input_ids is not None and input_ids.dim() != 2:
