@@ -27,6 +27,8 @@ How it is measured, so that ratios mean something on a machine that does other t
   eager mode.
 - On a CPU ConstAttn's linear layers, by `speed_up_cpu_inference`, take oneDNN's products where Llama's take MKL's and, compiled,
   the compiler's own loop for one token. What that alone is worth show the rows of "Llama, with ConstAttn's linear layers".
+- Servers are processes of their own, on the same machine as their clients, and so is `transformers serve`, with a Llama. All that
+  are served at once ask in the same moment. A context is read with each request, or was, by a session. Each token is a word.
 - A contender whose next row would take longer than --budget, or more memory than is free, ends there; the row says so.
 """
 
@@ -36,7 +38,7 @@ from typing import Any
 
 import torch
 import transformers
-from lib.benchmark import decode, memory, op, prefill, train
+from lib.benchmark import decode, memory, newcomer, op, prefill, restore, serve, sessions, train
 from lib.benchmark.cost_page import cost_page
 from lib.benchmark.results import Measurement, Results, read_results
 from lib.checkpoints import load_config
@@ -56,6 +58,10 @@ MEASUREMENTS: dict[str, Measurement] = {
     "decode": decode.MEASUREMENT,
     "train": train.MEASUREMENT,
     "memory": memory.MEASUREMENT,
+    "serve": serve.MEASUREMENT,
+    "newcomer": newcomer.MEASUREMENT,
+    "sessions": sessions.MEASUREMENT,
+    "restore": restore.MEASUREMENT,
 }
 
 

@@ -119,10 +119,13 @@ def too_slow(bench: Bench, seconds: float) -> str | None:
 
 
 def no_room(size: float, device: str) -> str | None:
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-    if size > FREE_SHARE * free:
+    if size > FREE_SHARE * (free := free_memory(device)):
         return f"it would take {size / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free"
     return None
+
+
+def free_memory(device: str) -> int:
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
 
 
 class First(NamedTuple):

@@ -12,9 +12,11 @@ from conftest import ROOT
 pytest.importorskip("matplotlib", reason="the plots need matplotlib: pip install -e '.[report]'")
 
 import benchmark
-from lib.benchmark import cost_page, decode, memory, models, op, prefill, train
+from lib.benchmark import cost_page, decode, memory, models, newcomer, op, prefill, restore, serve, sessions, train
 from lib.benchmark.results import Results, read_results, series
-from lib.timing import MIN_ROUNDS
+from lib.timing import MIN_ROUNDS, Bench
+
+from modeling_constattn import state_files_constattn as state_files
 
 LENGTH = 16
 # torch.compile itself uses what torch deprecates.
@@ -27,6 +29,8 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cost") / "new"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+        patch.setattr(serve, "ANSWER", 2)
+        patch.setattr(newcomer, "ANSWER", 4)
         benchmark.main(["all", "--quick", "--device", "cpu", "--lengths", str(LENGTH), "--output", str(folder)])
     return folder
 
@@ -40,6 +44,8 @@ def test_every_contender_is_measured_at_every_length(results: Results):
     attention, kinds = {*op.FUNCTIONS, op.COMPILED, op.PRODUCTS}, set(models.KINDS)
     alike = {models.LLAMA_ALIKE}
     compiled = {f"{name}, compiled" for name in (models.MODEL, models.LLAMA, models.LLAMA_ALIKE)}
+    served = {models.MODEL, serve.SESSIONS, serve.LLAMA, serve.LLAMA_BATCHING}
+    both = {models.MODEL, serve.LLAMA_BATCHING}
     expected = {
         ("op", op.FORWARD): attention,
         ("op", op.BACKWARD): attention,
@@ -50,6 +56,17 @@ def test_every_contender_is_measured_at_every_length(results: Results):
         ("memory", memory.CACHE): kinds,
         ("memory", memory.KEPT_OP): {*op.FUNCTIONS} - {op.SCAN},
         ("memory", memory.KEPT_LAYER): kinds,
+        **{
+            ("serve", group(count)): served
+            for group in (serve.all_answers, serve.first_tokens)
+            for count in serve.STREAMS
+        },
+        ("newcomer", newcomer.GAP): both | {newcomer.ALONE.format(name) for name in both},
+        ("newcomer", newcomer.FIRST): both,
+        ("sessions", sessions.RESIDENT): {models.MODEL},
+        ("restore", restore.TIME): {restore.READ, restore.LOADED},
+        ("restore", restore.SIZE): {restore.LOADED, restore.KEYS_VALUES},
+        ("restore", restore.SERVED): {restore.READ, restore.RESTORED},
     }
     measured: dict[tuple[str, str], set[str]] = {}
     for command, result in results.items():
@@ -65,9 +82,10 @@ def test_every_contender_is_measured_at_every_length(results: Results):
 
 def test_ratios_and_medians_come_from_the_runs(results: Results):
     timed = 0
-    for result in results.values():
+    in_turns = ["op", "prefill", "decode", "train", "serve"]
+    for result in map(results.get, in_turns):
         for row in result["rows"]:
-            if "runs" not in row:
+            if "p95" in row:
                 continue
             timed += 1
             assert len(row["runs"]) >= MIN_ROUNDS
@@ -82,7 +100,36 @@ def test_ratios_and_medians_come_from_the_runs(results: Results):
                 theirs = series(results.rows(result["command"], row["group"]), "runs")[peer][row["length"]]
                 pairs = zip(theirs, row["runs"], strict=True)
                 assert ratio == statistics.median(peer_run / own for peer_run, own in pairs)
-    assert timed == 2 * 7 + 5 + 9 + 1 + 3
+    assert timed == 2 * 7 + 5 + 9 + 1 + 3 + 3 * 4
+
+
+def test_first_tokens_come_before_the_last(results: Results):
+    for count in serve.STREAMS:
+        whole = results.rows("serve", serve.all_answers(count))
+        for row, first in zip(whole, results.rows("serve", serve.first_tokens(count)), strict=True):
+            assert row["tokens"] == count * 2
+            assert first["min"] <= first["median"] <= first["p95"] <= first["max"]
+            assert len(first["runs"]) % count == 0 and len(first["runs"]) > len(row["runs"]) * count
+            assert first["min"] < row["max"]
+
+
+def test_gaps_that_reach_into_the_time_count():
+    times = [0.0, 1.0, 4.0, 4.5, 9.0]
+    assert newcomer.longest_gap(times, 0, 2) == 3
+    assert newcomer.longest_gap(times, 4.1, 4.4) == 0.5
+    assert newcomer.longest_gap(times, 4.5, 5) == 4.5
+
+
+def test_a_state_that_goes_on_otherwise_is_no_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def altered(*arguments):
+        cache = state_files.load_cache(*arguments)
+        cache.layers[0].tensors["mean"].add_(1e-3)
+        return cache
+
+    monkeypatch.setattr(restore, "load_cache", altered)
+    model = models.new_model(Bench("cpu"), benchmark.read_config(ROOT / "configuration/models/tiny", quick=True))
+    with pytest.raises(RuntimeError, match="after loading the state of 8 tokens the next logits are others"):
+        restore.in_process(Bench("cpu", rounds=3), model, 8, tmp_path)
 
 
 def test_peak_memory_holds_the_results(results: Results):
@@ -121,7 +168,7 @@ def test_the_report(output: Path, results: Results):
     groups = {command: {view.group for view in it.views} for command, it in benchmark.MEASUREMENTS.items()}
     for command, by_group in notes.items():
         assert by_group.keys() <= groups[command] and all(note in text for note in by_group.values())
-    assert len(plots) == sum(bool(view.peer) for view in views)
+    assert len(plots) == sum(bool(view.peer and view.plot) for view in views)
     assert all((output / plot).read_bytes().startswith(b"\x89PNG") for plot in plots)
     contenders = {row["contender"] for result in results.values() for row in result["rows"]}
     assert all(f" {name} |" in text for name in contenders)

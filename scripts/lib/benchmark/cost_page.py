@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lib.benchmark import decode, models, op, prefill
+from lib.benchmark import decode, models, op, prefill, serve
 from lib.benchmark.results import QUANTITIES, Measurement, Results, View, crossover, ratios, series
 from lib.benchmark.targets import targets_table
 from lib.page import Block, Plot, Table, digits
@@ -19,11 +19,11 @@ BOUNDS = (op.PRODUCTS, decode.READING, decode.PROJECTING)
 COLOURS = {  # of contenders; others take those of OTHERS
     **dict.fromkeys((op.OURS, models.MODEL), "#c0392b"),
     **dict.fromkeys((op.COMPILED, decode.MODEL_COMPILED), "#e67e22"),
-    **dict.fromkeys((op.FORGETTING, prefill.PIECES), "#8e44ad"),
+    **dict.fromkeys((op.FORGETTING, prefill.PIECES, serve.SESSIONS), "#8e44ad"),
     op.TRITON: "#111111",
     op.TRITON_FORGETTING: "#777777",
-    **dict.fromkeys((op.SDPA, models.LLAMA), "#1f6fb2"),
-    f"{models.LLAMA}, compiled": "#5fb0e5",
+    **dict.fromkeys((op.SDPA, models.LLAMA, serve.LLAMA_BATCHING), "#1f6fb2"),
+    **dict.fromkeys((f"{models.LLAMA}, compiled", serve.LLAMA), "#5fb0e5"),
     models.LLAMA_ALIKE: "#12395e",
     f"{models.LLAMA_ALIKE}, compiled": "#9a86c9",
     **dict.fromkeys((op.LINEAR, models.MAMBA), "#2e8b57"),
@@ -44,10 +44,12 @@ def cost_page(results: Results, measurements: Mapping[str, Measurement], method:
         for view in measurement.views:
             if rows := results.rows(command, view.group):
                 blocks += [f"## {view.title}", *section(view, rows)]
+                if remark := results[command].get("remarks", {}).get(view.group):
+                    blocks.append(remark)
                 if note := notes.get(command, {}).get(view.group):
                     blocks.append(note)
-                if view.peer:
-                    file = f"{command}-{re.sub('[^a-z]+', '-', view.group)}.png"
+                if view.peer and view.plot:
+                    file = f"{command}-{re.sub('[^a-z0-9]+', '-', view.group)}.png"
                     blocks.append(Plot(file, f"{view.title}: {view.unit} over tokens", partial(draw, view, rows)))
     return blocks
 
@@ -92,19 +94,20 @@ def section(view: View, rows: list[dict]) -> list[Block]:
     def table(caption: str, cell: Callable[[dict], str]) -> Table:
         cell_of = lambda T, name: cell(measured[T, name]) if (T, name) in measured else "–"  # noqa: E731
         cells = [[f"{T:,}", *(cell_of(T, name) for name in names)] for T in lengths]
-        return Table(caption, ["T", *names], cells, figures=True)
+        return Table(caption, ["T" if view.axis.endswith("(T)") else view.axis, *names], cells, figures=True)
 
     def amount(row: dict) -> str:
-        middle, *spread = (digits(row[it] * factor) for it in (quantity, *(("min", "max") if is_timed else ())))
+        middle, *spread = (digits(row[it] * factor) for it in (quantity, *(view.spread if is_timed else ())))
         return f"{middle} ({' – '.join(spread)})" if is_timed else middle
 
     is_timed = quantity == "median"
-    blocks: list[Block] = [table(f"{'Time, median (min – max)' if is_timed else 'Size'}, in {view.unit}", amount)]
+    time = f"Time, median ({' – '.join(view.spread).replace('p95', '95th percentile')})"
+    blocks: list[Block] = [table(f"{time if is_timed else 'Size'}, in {view.unit}", amount)]
     if view.peer:
         ratio = lambda row: "1" if row["contender"] == view.peer else digits(row["ratios"].get(view.peer))  # noqa: E731
         blocks.append(table(f"{'As fast' if is_timed else 'As small'} as {view.peer} times …", ratio))
     if view.rate:
-        blocks.append(table(view.rate, lambda row: digits(row["length"] / row["median"])))
+        blocks.append(table(view.rate, lambda row: digits(row.get("tokens", row["length"]) / row["median"])))
     if any(row.get("peak_bytes") for row in rows):
         peak = lambda row: digits(row["peak_bytes"] and row["peak_bytes"] / 1e6)  # noqa: E731
         blocks.append(table("Peak memory of one call, in MB", peak))

@@ -23,12 +23,15 @@ class View:
     peer: str  # "" where there is none
     unit: str  # of QUANTITIES
     axis: str = "tokens (T)"
-    rate: str = ""  # what the length ÷ the time is, where that says more
+    rate: str = ""  # what the length (a row's "tokens", where it has them) ÷ the time is, where that says more
+    plot: bool = True  # beside a peer
+    spread: tuple[str, ...] = ("min", "max")  # of a row, what stands behind its median
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A subcommand. `measure` (bench, config of the model, lengths) → rows, and what they do not say.
+    """A subcommand. `measure` (bench, config of the model, lengths) → rows, and what they do not say; of that, "remarks",
+    group → sentence, stand on the page.
 
     To add a group of contenders: a View here, rows of its name from `measure`. To add a subcommand: a Measurement in
     benchmark.py's list.
