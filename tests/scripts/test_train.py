@@ -23,7 +23,7 @@ from lib.runs import read_mapping
 from lib.staging import locked
 from lib.trainer import StrictTrainer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 
 def run(run_file: Path, *overrides: str) -> dict:
@@ -477,3 +477,75 @@ def test_shipped_run_files_are_known_to_train(file: Path, monkeypatch: pytest.Mo
     assert run.chat_template is None or Path(run.chat_template).is_file()
     assert f"python scripts/train.py configuration/training/{file.name}" in file.read_text().splitlines()[0]
     assert yaml.safe_load(file.read_text())["training"]["output_dir"].startswith("runs/")
+
+
+PRETRAINING = ["125m", "350m", "1.3b"]
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_pretraining_in_the_small(
+    name: str, trained: Path, docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The file's own settings, but for the sizes, the text, the numbers of steps, and a compiler that captures graphs alone."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "config").mkdir()
+    config = json.loads((ROOT / f"configuration/models/{name}/config.json").read_text())
+    sizes = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    (tmp_path / "config/config.json").write_text(json.dumps(config | sizes))
+    file = ROOT / f"configuration/training/{name}.yaml"
+    own = training.read_run(file, []).training
+    result = run(
+        file,
+        *(f"model={tmp_path / 'config'}", f"data={docs}", f"tokenizer={trained}", "block_size=32"),
+        *(f"training.output_dir={tmp_path / 'out'}", "training.max_steps=6", "training.warmup_steps=2"),
+        *(
+            "training.lr_scheduler_kwargs.num_decay_steps=2",
+            "training.gradient_accumulation_steps=2",
+            "training.logging_steps=1",
+        ),
+        *(
+            "training.per_device_train_batch_size=2",
+            "training.torch_compile_backend=eager",
+            "training.tf32=null",
+            "training.use_cpu=true",
+        ),
+        *("training.dataloader_num_workers=0", "training.save_steps=6"),
+    )
+    assert (result["steps"], result["tokens"]) == (6, 6 * 2 * 2 * 32)
+    assert result["loss"] < math.log(320) + 0.1
+    kept = {"bf16", "torch_compile", "learning_rate", "lr_scheduler_type", "weight_decay", "adam_beta2", "optim"}
+    assert {key: result["run"]["training"][key] for key in kept} == {key: own[key] for key in kept}
+    logged = json.loads((tmp_path / "out/checkpoint-6/trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in logged if "learning_rate" in entry]
+    assert rates[0] < max(rates) == pytest.approx(own["learning_rate"])  # warm-up, stable …
+    assert rates[-1] < max(rates)  # … and decay
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_pretraining_says_what_it_takes(name: str):
+    """Tokens and FLOP are those of the settings and of the model; eight processes take the same steps as one."""
+    text = (ROOT / f"configuration/training/{name}.yaml").read_text()
+    settings = training.read_run(ROOT / f"configuration/training/{name}.yaml", [])
+    config = AutoConfig.from_pretrained(ROOT / f"configuration/models/{name}")
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    rows, steps = settings.training["per_device_train_batch_size"], settings.training["max_steps"]
+    batch = rows * settings.training["gradient_accumulation_steps"] * settings.block_size
+    (of_eight,) = re.findall(r"nproc-per-node 8 .* training\.gradient_accumulation_steps=(\d+)", text)
+    assert 8 * rows * int(of_eight) * settings.block_size == batch
+    K = V = config.head_dim
+    attention = 4 * K * V + 2 * 64 * (K + V)  # products of a token and a head, in chunks of 64
+    flop = 6 * parameters + 3 * config.num_hidden_layers * config.num_attention_heads * attention
+    for figure in (
+        f"{batch:,} tokens a step",
+        f"{steps:,} steps, {batch * steps:,}",
+        f"FLOP: {flop * batch * steps:.3g}, {flop:,}",
+    ):
+        assert figure in text
+    assert config.vocab_size == math.ceil(50_257 / 64) * 64
