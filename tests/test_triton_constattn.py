@@ -9,7 +9,6 @@ import logging
 import os
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
@@ -17,9 +16,11 @@ from packaging.version import Version
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from modeling_constattn import ConstAttnState, constant_attention
 from modeling_constattn import attention_constattn as torch_path
 from modeling_constattn import triton_constattn as kernels
+
+# not from the package itself: that would need Transformers
+from modeling_constattn.attention_constattn import ConstAttnState, constant_attention
 
 # as in test_attention_constattn; for 16 bits, one unit in the last place of 1
 OUTPUT_ERROR, GRADIENT_ERROR = 2e-6, 1e-5
@@ -384,59 +385,18 @@ def test_all_in_the_interpreter():
     assert "no GPU here" not in run.stdout  # what needs the kernels has run
 
 
-class Launch:
-    """Stands in for a kernel and keeps what it is launched with."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        return self.keep
-
-    def keep(self, *args, **options):
-        self.arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | options  # the rest by name
-
-    def compile(self, capability: int):
-        """Ahead of time, for these very arguments. Returns Triton's compiled kernel."""
-        import triton.compiler
-        from triton.backends.compiler import GPUTarget
-
-        names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
-        signature: dict[str, str] = {}
-        constants: dict[str, Any] = {}
-        for parameter in self.kernel.params:
-            value = self.arguments[parameter.name]
-            if parameter.is_constexpr or value is None:
-                signature[parameter.name], constants[parameter.name] = "constexpr", value
-            else:
-                signature[parameter.name] = names[value.dtype] if isinstance(value, Tensor) else "i32"
-        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-        options = {name: value for name, value in self.arguments.items() if name not in signature}
-        source = triton.compiler.ASTSource(self.kernel, signature, constants, aligned)
-        return triton.compiler.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-@pytest.fixture
-def launches(monkeypatch) -> dict[str, Launch]:
-    """Every kernel of the file, not launched but kept."""
-    found = {name: x for name, x in vars(kernels).items() if name.endswith("_kernel")}
-    launches = {name: Launch(kernel) for name, kernel in found.items()}
-    for name, launch in launches.items():
-        monkeypatch.setattr(kernels, name, launch)
-    return launches
-
-
 @pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="needs Triton's compiler")
 @pytest.mark.parametrize(("capability", "dtype", "decay"), [(80, torch.float32, "head"), (90, torch.bfloat16, "slot")])
-def test_compiles_ahead_of_time(capability, dtype, decay, launches, monkeypatch, tmp_path):
+def test_compiles_ahead_of_time(capability, dtype, decay, monkeypatch, tmp_path):
+    from lib.kernel_resources import kept_launches, launch_all, resources_of
+
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(sys.modules[__name__], "DEVICE", "cpu")
-    q, k, v, f, log_Z0, mean0 = inputs = make_inputs(16, decay=decay, K=16, V=16, dtype=dtype)
-    y, lse, log_Z, mean = kernels.chunked_forward(*inputs, 64)
-    kernels.chunked_backward(*inputs, y, lse, y, lse, log_Z, mean, 64)
-    kernels.decode_step(q[:, 0], k[:, 0], v[:, 0], f[:, 0], log_Z0, mean0)
+    with kept_launches() as launches:
+        launch_all(16, 16, 16, dtype, decay)
     assert len(launches) == 5
+    assert not [name for name in launches if vars(kernels)[name] is launches[name]]  # all are back in their places
     for launch in launches.values():
         compiled = launch.compile(capability)
         assert compiled.asm["cubin"]
         assert compiled.metadata.shared <= 99 * 1024  # what the smallest GPUs of this kind have
+        assert 16 <= resources_of(launch, capability)["registers"] <= 255

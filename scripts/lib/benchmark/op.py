@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib.benchmark.results import Measurement, View
-from lib.mixers import linear_attention
+from lib.linear_attention import linear_attention
 from lib.timing import Bench, Call, Contenders, sweep
-from modeling_constattn import constant_attention, scan_attention
+from modeling_constattn.attention_constattn import constant_attention, scan_attention
 
 FORWARD, BACKWARD = "forward", "forward + backward"
 OURS, COMPILED = "constant attention", "constant attention, compiled"
