@@ -33,12 +33,14 @@ How it is computed
 Of all tokens before t − W those in E_t are the M largest of a growing set, so a token departs when the M-th larger one
 comes, and then for ever: one token at most departs at a time, and the slots are constant attention over the departed in the
 order of departure. A sequence is worked on in chunks of C queries. The chunk's window is a band of [C,W+C] scores, whose
-softmax gives ι of the tokens that leave the window in it; these and the M kept so far are its candidates, [C,M+C] scores, of
-which each query sees the ones that have come and are among the M largest. The three reads are joined by their lse. Of all
-this, only the candidates' numbers are kept for the backward pass, which computes the scores anew.
+softmax gives ι of the tokens that leave the window in it; these and the M kept so far are its candidates, of which each query
+sees the ones that have come and are among the M largest. What is less than the least kept one when the chunk begins, is seen by
+none: far into a text, few scores more than [C,M]. Weights are 2^s as long as their sums are within e^±64, so that they add up
+without a maximum; the slots' read, made for a few chunks at a time, is joined by its lse. Kept for the backward pass are the
+inputs, the output, the slots' part of it and some numbers of tokens; scores and slot keys are computed anew.
 
 Angles are computed in float64 from exact positions. Scores beyond ±64, whose float32 rounding would be seen, are computed
-again in float64, a chunk at a time; a single step is not.
+again in float64, less their maximum, a chunk at a time; a single step is not.
 """
 
 import re
@@ -49,14 +51,15 @@ from torch import Tensor
 
 from .attention_constattn import _CHUNK_SIZE as _SLOT_CHUNK_SIZE
 from .attention_constattn import (
+    _LOG2_E,
     ConstAttnState,
     _chunked,
+    _chunked_backward,
     _compute_dtype,
-    _exp_,
     _finite,
-    _join,
     _log_dtype,
     _needs_plain_form,
+    _segment_length,
     _use_kernels,
 )
 
@@ -65,6 +68,9 @@ _CHUNK_SIZE = {
     "other": 512,
 }  # queries; more waste less on the slots' side of a chunk, fewer on the window's
 _MAX_SCORE = 64.0  # float32 rounds a score of 64 by 4e-6
+_MAX_TOTAL = 2.0**92  # e^64
+_TURNED_TOGETHER = 512  # keys, which stay in a cache
+_USUAL_VALUES = 2.0**-20, 2.0**30  # whose products with such weights float32 holds
 _POSITION_BITS = 47  # of a rank, below the 16 of a bfloat16 importance; 1e14 tokens
 _NEG_INF = float("-inf")
 
@@ -146,11 +152,18 @@ def rotate(x: Tensor, position: Tensor, frequencies: Tensor) -> Tensor:
 
     Angles are float64, so exact to position 2^31 and beyond; features from 2F on stay as they are.
     """
-    angle = position[..., None].to(_log_dtype(x.device)) * frequencies.to(_log_dtype(x.device))
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    F = frequencies.shape[-1]
+    return _turn(x, *_cos_sin(position, frequencies, x.dtype))
+
+
+def _cos_sin(position: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    angle = position[..., None].to(_log_dtype(position.device)) * frequencies.to(_log_dtype(position.device))
+    return angle.cos().to(dtype), angle.sin().to(dtype)  # [...,T,F]
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    F = cos.shape[-1]
     a, b, rest = x.split([F, F, x.shape[-1] - 2 * F], -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin), rest], -1)
 
 
 def _rank(importance: Tensor, position: Tensor, num_sinks: int) -> Tensor:
@@ -362,52 +375,43 @@ def compressed_attention(
         else:
             real = torch.ones(B, T, dtype=torch.bool, device=key.device)
 
-        # Everything that may be read, in the order: kept M, window P, new T.
+        # Everything that may be read, in the order: kept M and window P, where there is a state, new T.
         position, first = _new_positions(state.seen, real, document_start)  # [B,T] each
         P = 0 if past is None else W
-        keys, values = [state.kept_plain_key, key], [state.kept_value, value]
-        positions, importance = position, state.window_importance[:, :, :P]
+        all_keys, all_values, positions, importance = key, value, position, state.window_importance[:, :, :P]
+        base = 0
         if P:
+            base = M
             before = state.seen[:, None] - W + torch.arange(W, device=key.device)  # [B,W], the window in order
             ring = before % W
             plain = rotate(_take(state.window_key, ring), -before[:, None], frequencies)
-            keys.insert(1, plain.to(key.dtype))
-            values.insert(1, _take(state.window_value, ring))
+            all_keys = torch.cat([state.kept_plain_key, plain.to(key.dtype), key], 2)  # [B,H,M+P+T,·]
+            all_values = torch.cat([state.kept_value, _take(state.window_value, ring), value], 2)
             importance = importance.gather(2, ring[:, None].expand_as(importance))
             positions = torch.cat([before.clamp(min=-1), position], 1)
-        all_keys, all_values = torch.cat(keys, 2), torch.cat(values, 2)  # [B,H,M+P+T,·]
 
-        compute_dtype = _compute_dtype(value.dtype)
-        y, lse, departed, kept, kept_rank, importance, _ = _exact(
-            query.to(compute_dtype), all_keys.to(compute_dtype), all_values.to(compute_dtype), state.kept_rank, importance,
-            positions, None if document_start is None else torch.where(first < 0, 0, first + M + P), frequencies, scaling,
-            W, num_sinks, R, is_causal, chunk_size or _CHUNK_SIZE["cpu" if key.is_cpu else "other"],
+        dtype = _compute_dtype(value.dtype)
+        start = None if document_start is None else torch.where(first < 0, 0, first + base + P)
+        has_slots = K > 0 and (P > 0 or T > W)  # else nothing departs
+        of_slots = [
+            None if x is None or not has_slots else x.to(dtype) for x in (slot_query, slot_weight, slot_bias, log_decay)
+        ]
+        kernels = has_slots and _use_kernels(backend, key.device, K, V, dtype)
+        y, kept, kept_rank, importance, log_Z, mean, *_ = _attend(
+            query.to(dtype), all_keys.to(dtype), all_values.to(dtype), state.kept_rank, importance, positions, start,
+            frequencies, *of_slots, state.log_Z, state.mean.to(dtype), scaling, W, num_sinks, R, is_causal,
+            chunk_size or _CHUNK_SIZE["cpu" if key.is_cpu else "other"], kernels,
         )  # fmt: skip
-
-        slots = state.slots
-        if K and (P or T > W):
-            assert slot_query is not None and slot_weight is not None and slot_bias is not None
-            y_slots, lse_slots, slots = _read_slots(
-                slot_query,
-                all_keys,
-                all_values,
-                departed,
-                slots,
-                slot_weight,
-                slot_bias,
-                log_decay,
-                document_start,
-                backend,
-            )
-            y = _join(y, lse, y_slots, lse_slots)
+        log_Z, mean = (state.log_Z, state.mean) if not has_slots else (log_Z[:, :, -1], mean[:, :, -1])
+        mean = mean.masked_fill((log_Z == _NEG_INF)[..., None], 0.0)  # a document may be short
         output = y.view(B, heads, T, V).to(value.dtype)
-        output = output.masked_fill(~real[:, None, :, None], 0.0)
         if order is not None:
+            output = output.masked_fill(~real[:, None, :, None], 0.0)
             output = output.gather(2, order.argsort(1)[:, None, :, None].expand_as(output))
 
         # The state: of the last document the last W tokens, each at its place, and what was kept.
         count = state.seen + real.sum(1) if document_start is None else position[:, -1] + 1
-        newest = M + P + real.sum(1) - 1  # [B], number among all of each row's last token
+        newest = base + P + real.sum(1) - 1  # [B], number among all of each row's last token
         time = torch.arange(W, device=key.device)
         back = (count[:, None] - 1 - time) % W  # [B,W]: how far before the last token the one of each place lies
         is_there = (back < count[:, None])[:, None, :, None]
@@ -419,14 +423,15 @@ def compressed_attention(
         state = CompressedState(
             window_key.to(key.dtype).where(is_there, 0.0),
             _take(all_values, index).where(is_there, 0.0),
-            torch.nn.functional.pad(importance, (M, 0))
+            torch.nn.functional.pad(importance, (base, 0))
             .gather(2, index[:, None].expand(B, H, W))
             .where(is_there[..., 0], 0.0),
             rotate(kept_plain_key, _position(kept_rank), frequencies).to(key.dtype),
             kept_plain_key,
             _take(all_values, kept_index).where(is_kept, 0.0),
             kept_rank,
-            *slots,
+            log_Z,
+            mean,
             count,
         )
     return output, state
@@ -450,64 +455,6 @@ def _new_positions(count: Tensor, real: Tensor, document_start: Tensor | None) -
         return torch.where(real, count[:, None] + time, -1), torch.full_like(time, -1)
     first = torch.where(document_start, time, -1).cummax(1).values
     return time - torch.where(first < 0, -count[:, None], first), first
-
-
-def _read_slots(
-    query: Tensor,
-    all_keys: Tensor,
-    all_values: Tensor,
-    departed: Tensor,
-    slots: ConstAttnState,
-    weight: Tensor,
-    bias: Tensor,
-    log_decay: Tensor | None,
-    document_start: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, ConstAttnState]:
-    """What each query reads of the tokens that have departed by then: y [M,T,V], lse [M,T], M = B·H·G; and the slots after.
-
-    ``departed`` [B,H,T]: number of the token that departs when token t arrives, −1 for none. A key–value head is one sequence
-    of T·G tokens: the departing token comes with the first of its G queries, the others bring nothing.
-    """
-    (B, heads, T, K), H, V = query.shape, all_keys.shape[1], all_values.shape[-1]
-    G = heads // H
-    dtype = _compute_dtype(all_values.dtype)
-    comes = (departed >= 0)[..., None]  # [B,H,T,1]
-    index = departed.clamp(min=0)
-    key = torch.einsum("bhtd,hkd->bhtk", _take(all_keys, index).to(dtype), weight.to(dtype)) + bias.to(dtype)[:, None]
-    key = key.masked_fill(~comes, _NEG_INF)
-    value = _take(all_values, index).to(dtype).masked_fill(~comes, 0.0)
-    decay = None
-    if log_decay is not None:
-        decay = log_decay.to(dtype)[:, None].expand(B, H, T, K).masked_fill(~comes, 0.0)
-    if document_start is not None:
-        decay = torch.zeros_like(key[..., :1]) if decay is None else decay
-        decay = decay.masked_fill(document_start[:, None, :, None], _NEG_INF)
-
-    def first_of_group(x: Tensor, fill: float) -> Tensor:  # [B,H,T,·] → [B·H,T·G,·]
-        return torch.nn.functional.pad(x[:, :, :, None], (0, 0, 0, G - 1), value=fill).reshape(
-            B * H, T * G, x.shape[-1]
-        )
-
-    q = query.to(dtype).unflatten(1, (H, G)).transpose(2, 3).reshape(B * H, T * G, K)
-    kernels = _use_kernels(backend, q.device, K, V, dtype)
-    y, lse, log_Z, mean = _chunked(
-        q,
-        first_of_group(key, _NEG_INF),
-        first_of_group(value, 0.0),
-        None if decay is None else first_of_group(decay, 0.0),
-        slots.log_Z.reshape(B * H, K),
-        slots.mean.to(dtype).reshape(B * H, K, V),
-        _SLOT_CHUNK_SIZE,
-        kernels,
-    )
-    y, lse = (x.unflatten(1, (T, G)).transpose(1, 2).flatten(0, 1) for x in (y, lse))
-    log_Z, mean = log_Z[:, -1].view(B, H, K), mean[:, -1].view(B, H, K, V)
-    return (
-        y,
-        lse,
-        ConstAttnState(log_Z, mean.masked_fill((log_Z == _NEG_INF)[..., None], 0.0)),
-    )  # a document may be short
 
 
 # ----------------------------------------------------------------------------------------------------------------------- one token
@@ -624,7 +571,7 @@ def compressed_step_(
 
 
 class _Exact:
-    """The exact part's tensors as N = B·H rows, rotated once for each dtype they are read in."""
+    """The exact part's tensors as N = B·H rows, rotated once for each dtype they are read in. Scores are in units of log 2."""
 
     def __init__(
         self,
@@ -640,16 +587,19 @@ class _Exact:
         max_distance: int | None,
         is_causal: bool,
     ):
-        B, H, A, _ = k.shape
-        T = q.shape[2]
+        (B, H, A, _), T = k.shape, q.shape[2]
         self.G, self.M, self.W = q.shape[1] // H, kept_rank.shape[2], window
         self.P = position.shape[1] - T
+        self.base = (
+            A - position.shape[1]
+        )  # the number of the first token that is not a kept one: M, or 0 where there is no state
         self.ahead = 0 if is_causal else window - 1
         self.frequencies, self.scaling = frequencies, scaling
         self.q = q.reshape(B * H, self.G, T, -1)
-        self.k, self.v = k.reshape(B * H, A, -1), v.reshape(B * H, A, -1)
-        position = position.repeat_interleave(H, 0)
-        self.position = torch.cat([_position(kept_rank).view(B * H, -1), position], 1)  # [N,A]
+        # whole rows of which are gathered
+        self.k, self.v = (part.reshape(B * H, A, -1).contiguous() for part in (k, v))
+        self.row_position, self.kept_position = position, _position(kept_rank)  # [B,P+T], [B,H,M]
+        self.position = position.repeat_interleave(H, 0)  # [N,P+T]
         self.start = None if start is None else start.repeat_interleave(H, 0)  # [N,T]
         # of the tokens before the new ones, the first that any row has; where all are as long, nothing need be hidden
         seen = self.P - (position[:, : self.P] < 0).sum(1)
@@ -657,62 +607,119 @@ class _Exact:
         self.all_real = not bool((position[:, self.first :] < 0).any())
         self.R = 2**62 if max_distance is None else max_distance
         self.far = self.M > 0 and int(position.max()) > self.R
-        self.rotated: dict[torch.dtype, tuple[Tensor, Tensor, Tensor | None]] = {}
+        self.angles: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self.turned: dict[torch.dtype, Tensor] = {}
+        self.usual_window: dict[tuple[int, int, int], Tensor] = {}
 
-    def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-        """q [N,G,T,D] and k [N,A,D] rotated, and q [N,G,T,D] turned to max_distance, if needed; queries are scaled."""
-        if dtype not in self.rotated:
-            q, k, T = self.q.to(dtype), self.k.to(dtype), self.q.shape[2]
-            far = None
-            if self.far:
-                far = rotate(q, self.position.new_tensor(self.R), self.frequencies) * self.scaling
-            q = rotate(q, self.position[:, None, -T:], self.frequencies) * self.scaling
-            self.rotated[dtype] = q, rotate(k, self.position, self.frequencies), far
-        return self.rotated[dtype]
+    def cos_sin(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[B,1,P+T,F], of all but the kept tokens."""
+        if dtype not in self.angles:
+            self.angles[dtype] = _cos_sin(self.row_position[:, None], self.frequencies, dtype)
+        return self.angles[dtype]
+
+    def turn_queries(self, q: Tensor, a: int, b: int, sign: int = 1) -> Tensor:
+        """Queries a … b−1 [N,G,b−a,D] turned to their positions (−1: back), and scaled, [N,G·(b−a),D]."""
+        cos, sin = (x[:, :, self.P + a : self.P + b] for x in self.cos_sin(q.dtype))
+        turned = _turn(q.reshape(len(cos), -1, *q.shape[2:]), cos, sign * sin)
+        return turned.mul_(self.scaling * (_LOG2_E if sign == 1 else 1.0)).view(len(q), -1, q.shape[3])
+
+    def queries(self, a: int, b: int, dtype: torch.dtype) -> Tensor:
+        """[N,G·(b−a),D]"""
+        return self.turn_queries(self.q[:, :, a:b].to(dtype), a, b)
+
+    def far_queries(self, a: int, b: int, dtype: torch.dtype) -> Tensor:
+        """[N,G·(b−a),D], turned to max_distance."""
+        q = rotate(self.q[:, :, a:b].to(dtype), self.row_position.new_tensor(self.R), self.frequencies)
+        return q.mul_(self.scaling * _LOG2_E).flatten(1, 2)
+
+    def turn_keys(self, k: Tensor, out: Tensor, sign: int = 1) -> Tensor:
+        """k [N,A,D] turned to their positions (−1: back) → ``out``, which may be k."""
+        cos, sin = self.cos_sin(k.dtype)
+        base, (by_row, out_by_row) = self.base, (x.view(len(cos), -1, *x.shape[1:]) for x in (k, out))
+        if base:
+            out_by_row[:, :, :base] = rotate(by_row[:, :, :base], sign * self.kept_position, self.frequencies)
+        for s in range(0, cos.shape[2], _TURNED_TOGETHER):
+            e = min(s + _TURNED_TOGETHER, cos.shape[2])
+            part = slice(base + s, base + e)
+            out_by_row[:, :, part] = _turn(by_row[:, :, part], cos[:, :, s:e], sign * sin[:, :, s:e])
+        return out
+
+    def keys(self, dtype: torch.dtype) -> Tensor:
+        """[N,A,D], turned."""
+        if dtype not in self.turned:
+            self.turned[dtype] = self.turn_keys(self.k.to(dtype), torch.empty_like(self.k, dtype=dtype))
+        return self.turned[dtype]
 
     def window(self, a: int, b: int) -> tuple[slice, Tensor]:
-        """Of queries a … b−1: the keys that they may have in the window, and which not, True, [1 or N,b−a,n]."""
+        """Of queries a … b−1: the keys that they may have in the window, and which each sees, 1 or 0, [1 or N,1,b−a,n]."""
         low = max(self.first, self.P + a - self.W + 1)
-        high = min(self.P + b + self.ahead, self.position.shape[1] - self.M)
-        query = torch.arange(self.P + a, self.P + b, device=self.q.device)
-        age = query[:, None] - torch.arange(low, high, device=self.q.device)
-        hidden = ((age >= self.W) | (age < -self.ahead))[None]
-        keys = slice(self.M + low, self.M + high)
-        if not self.all_real:
-            hidden = hidden | (self.position[:, None, keys] < 0)
-        if self.start is not None:
-            index = torch.arange(self.M + low, self.M + high, device=self.q.device)
-            hidden = hidden | (index < self.start[:, a:b, None])
-        return keys, hidden
+        high = min(self.P + b + self.ahead, self.position.shape[1])
+        is_usual = self.all_real and self.start is None
+        shape = b - a, self.P + a - low, high - low
+        if not is_usual or shape not in self.usual_window:
+            query = torch.arange(self.P + a, self.P + b, device=self.q.device)
+            key = torch.arange(low, high, device=self.q.device)
+            age = query[:, None] - key
+            seen = ((age < self.W) & (age >= -self.ahead))[None]
+            if not self.all_real:
+                seen = seen & (self.position[:, None, low:high] >= 0)
+            if self.start is not None:
+                seen = seen & (self.base + key >= self.start[:, a:b, None])
+            self.usual_window[shape] = seen[:, None].to(self.q.dtype)
+        return slice(self.base + low, self.base + high), self.usual_window[shape]
 
     def arrival(self, candidates: Tensor, a: int, b: int) -> Tensor:
-        """[N,n]: which query of a … b−1 is the first that finds each candidate out of its window; b − a for no candidate."""
-        return (candidates - (self.M + self.P + a - self.W)).masked_fill(candidates < 0, b - a)
+        """[N,n]: which query of a … b−1 is the first that finds each candidate out of its window, −1: all do; b − a: none."""
+        arrival = (candidates - (self.base + self.P + a - self.W)).clamp(min=-1)
+        return arrival.masked_fill_(candidates < 0, b - a)
 
-    def present(self, candidates: Tensor, a: int, b: int) -> Tensor:
-        """[N,b−a,n]: which candidates each query finds out of its window, in its document."""
-        query = torch.arange(b - a, device=self.q.device)
-        present = self.arrival(candidates, a, b)[:, None] <= query[:, None]
-        return present if self.start is None else present & (candidates[:, None] >= self.start[:, a:b, None])
+    def last_seen(self, candidates: Tensor, a: int, b: int) -> tuple[Tensor, Tensor]:
+        """Of the candidates [N,n], best first, which have come when query a−1, a … b−1 reads, the number of the M-th, and whether
+        there are as many, [N,1+b−a]."""
+        query = torch.arange(-1, b - a, dtype=torch.int16, device=self.q.device)
+        present = self.arrival(candidates, a, b)[:, None].to(torch.int16) <= query[:, None]
+        if self.start is not None:
+            start = torch.nn.functional.pad(self.start, (1, 0))[:, a : b + 1, None]
+            present = present & (candidates[:, None] >= start)
+        place = present.cumsum(-1, dtype=torch.int16)
+        last = torch.searchsorted(place, place.new_full((*place.shape[:2], 1), self.M))[:, :, 0]
+        return last, last < candidates.shape[1]
 
-    def kept_scores(
-        self, queries: Tensor, candidates: Tensor, visible: Tensor, a: int, b: int, dtype: torch.dtype
-    ) -> Tensor:
-        """[N,G,b−a,n] of queries a … b−1 [N,G·(b−a),D] and candidates [N,n], −inf where not visible."""
-        _, k, q_far = self.tensors(dtype)
-        index = candidates.clamp(min=0)
-        scores = torch.bmm(queries, _rows(k, index).transpose(1, 2)).view(len(k), self.G, b - a, -1)
-        if q_far is not None:
-            far = self.is_far(index, a, b)
-            plain = _rows(self.k.to(dtype), index).transpose(1, 2)
-            far_scores = torch.bmm(q_far[:, :, a:b].flatten(1, 2), plain).view(scores.shape)
-            scores = torch.where(far[:, None], far_scores, scores)
-        return scores.masked_fill_(~visible[:, None], _NEG_INF)
+    def kept(self, candidates: Tensor, last: Tensor, a: int, b: int) -> Tensor:
+        """Which candidates [N,n] each of queries a … b−1 sees, 1 or 0, [N,1,b−a,n]: those that have come, up to number ``last``
+        [N,b−a] among them."""
+        dtype = self.q.dtype
+        query = torch.arange(1, b - a + 1, device=self.q.device, dtype=dtype)
+        number = torch.arange(-1, candidates.shape[1] - 1, device=self.q.device, dtype=dtype)
+        seen = query[:, None] - self.arrival(candidates, a, b)[:, None].to(dtype)  # ≥ 1: it has come
+        seen = torch.minimum(seen, last[:, :, None].to(dtype) - number, out=seen).clamp_(0, 1)
+        if self.start is not None:
+            seen = seen * (candidates[:, None] >= self.start[:, a:b, None])
+        return seen[:, None]
 
-    def is_far(self, index: Tensor, a: int, b: int) -> Tensor:
-        """[N,b−a,n]: which of the tokens are further from each query than max_distance."""
-        start = self.M + self.P
-        return self.position[:, start + a : start + b, None] - self.position.gather(1, index)[:, None] > self.R
+    def kept_scores(self, queries: Tensor, index: Tensor, far: Tensor | None, a: int, b: int) -> Tensor:
+        """[N,G·(b−a),n] of queries a … b−1 [N,G·(b−a),D] and the tokens of ``index`` [N,n]."""
+        scores = torch.bmm(queries, _rows(self.keys(queries.dtype), index).transpose(1, 2))
+        if far is not None:
+            plain = _rows(self.k, index).to(queries.dtype).transpose(1, 2)
+            far_scores = torch.bmm(self.far_queries(a, b, queries.dtype), plain)
+            shape = len(index), self.G, b - a, -1
+            scores = torch.lerp(scores.view(shape), far_scores.view(shape), far.to(scores.dtype)).view(scores.shape)
+        return scores
+
+    def is_far(self, index: Tensor, a: int, b: int) -> Tensor | None:
+        """[N,1,b−a,n], 1 or 0: which of the tokens [N,n] lie further before each query than max_distance; None: none does."""
+        if not self.far:
+            return None
+        # A token's distance from the first query: where they are of one document, by numbers, or by positions.
+        when = index - (self.base + self.P)
+        if self.base:
+            kept = self.kept_position.flatten(0, 1).gather(1, index.clamp(max=self.M - 1))
+            when = torch.where(index < self.M, kept - self.position[:, self.P, None], when)
+        beyond = a - when - self.R
+        query = torch.arange(b - a, device=index.device)
+        far = (beyond.clamp(a - b, 1)[:, None] + query[:, None]).clamp_(0, 1).to(self.q.dtype)
+        return far[:, None] if bool(far.any()) else None
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
@@ -725,25 +732,32 @@ def _flat(index: Tensor, size: int) -> Tensor:
     return (index + size * torch.arange(len(index), device=index.device)[:, None]).flatten()
 
 
-def _weights_(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(scores − peak), in place, and the peak of each row [...,1]; 0 where all are −inf."""
-    peak = _finite(scores.amax(-1, keepdim=True))
-    return _exp_(scores.sub_(peak)), peak
+def _read(scores: Tensor, seen: Tensor, v: Tensor, careful: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
+    """Weights w = 2^(s − peak), in place of the scores s [N,G·C,n]; 0 where seen [1 or N,1,C,n] is. With Σ w v, Σ w, and the peak
+    of each row, [N,G·C,V or 1]; unless careful, it is taken to be 0."""
+    by_query = scores.view(len(scores), -1, *seen.shape[2:])
+    peak: Tensor | float = 0.0
+    if careful:
+        by_query.masked_fill_(seen == 0, _NEG_INF)
+        peak = _finite(scores.amax(-1, keepdim=True))
+        scores.sub_(peak).exp2_()
+    else:
+        by_query.exp2_().mul_(seen)
+    return scores, torch.bmm(scores, v), scores.sum(-1, keepdim=True), peak
 
 
-def _is_coarse(peak: Tensor) -> bool:
-    """Whether scores are so large that float32 is too coarse for them; rows that see nothing do not count."""
-    return peak.dtype == torch.float32 and bool(
-        ((peak.abs() > _MAX_SCORE) & (peak > torch.finfo(peak.dtype).min)).any()
-    )
+def _is_usual(v: Tensor) -> bool:
+    """Whether the values' products with weights up to `_MAX_TOTAL`, and down to its inverse, are far from float32's ends."""
+    low, high = _USUAL_VALUES
+    return not v.numel() or low < max(-float(v.min()), float(v.max())) < high
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, kept_rank: Tensor, importance: Tensor, x: _Exact, num_sinks: int, chunk_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `_exact`, whose results these are."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `_attend`, whose results these are."""
     N, G, T, _ = x.q.shape
-    M, P, W = x.M, x.P, x.W
+    M, P, W, base = x.M, x.P, x.W, x.base
     n_chunks = -(-T // chunk_size)
     y = v.new_empty(N, G, T, v.shape[-1])
     lse = torch.empty(N, G, T, dtype=_log_dtype(q.device), device=q.device)
@@ -752,133 +766,287 @@ def _forward(
     kept = torch.arange(M, device=q.device).expand(N, M).masked_fill(rank < 0, -1)
     importance = torch.cat([importance.reshape(N, P), importance.new_zeros(N, T)], 1)
     candidates = torch.full((n_chunks, N, M + chunk_size), -1, dtype=torch.int32, device=q.device)
-    real = x.position[:, M + P :] >= 0  # [N,T]
+    last = torch.zeros(N, T, dtype=torch.int32, device=q.device)
+    real = x.position[:, P:] >= 0  # [N,T]
+    has_usual_values = _is_usual(v)
     for chunk, a in enumerate(range(0, T, chunk_size)):
         b = min(a + chunk_size, T)
-        keys, hidden = x.window(a, b)
+        keys, seen = x.window(a, b)
+        # 1, or 0 for padding, which may see nothing
+        is_real = None if x.all_real else real[:, None, a:b].expand(N, G, b - a).reshape(N, -1, 1)
 
-        def read_window(dtype: torch.dtype, a=a, b=b, keys=keys, hidden=hidden):
-            queries = x.tensors(dtype)[0][:, :, a:b].reshape(N, G * (b - a), -1)
-            scores = torch.bmm(queries, x.tensors(dtype)[1][:, keys].transpose(1, 2))
-            scores.view(N, G, b - a, -1).masked_fill_(hidden[:, None], _NEG_INF)
-            weights, peak = _weights_(scores)
-            return queries, weights, peak, weights.sum(-1, keepdim=True), torch.bmm(weights, x.v[:, keys].to(dtype))
+        def is_usual(total: Tensor, is_real=is_real) -> bool:
+            """Whether all weights 2^s are far from where float32 is too coarse for the scores, or ends."""
+            low, high = (total if is_real is None else total.where(is_real, 1.0)).aminmax()
+            return float(low) > 1 / _MAX_TOTAL and float(high) < _MAX_TOTAL  # False if NaN
 
-        queries, weights, peak, total, read = read_window(q.dtype)
-        if _is_coarse(peak):
-            queries, weights, peak, total, read = read_window(torch.float64)
+        def window_scores(dtype: torch.dtype, a=a, b=b, keys=keys) -> tuple[Tensor, Tensor]:
+            queries = x.queries(a, b, dtype)
+            return queries, torch.bmm(queries, x.keys(dtype)[:, keys].transpose(1, 2))
+
+        careful = not has_usual_values
+        if not careful:
+            queries, scores = window_scores(q.dtype)
+            weights, read, total, peak = _read(scores, seen, x.v[:, keys], careful)
+            careful = not is_usual(total)
+        if careful:
+            queries, scores = window_scores(lse.dtype)
+            weights, read, total, peak = _read(scores, seen, x.v[:, keys].to(lse.dtype), careful)
         if num_sinks < M:  # else importance decides nothing
-            share = real[:, None, a:b].expand(N, G, b - a).reshape(N, 1, -1) / total.transpose(1, 2).clamp_min(1e-30)
-            importance[:, keys.start - M : keys.stop - M] += torch.bmm(share, weights)[:, 0].to(importance.dtype)
+            share = total.transpose(1, 2).clamp_min(1 / _MAX_TOTAL).reciprocal()
+            share = share if is_real is None else share * is_real.transpose(1, 2)
+            importance[:, keys.start - base : keys.stop - base] += torch.bmm(share, weights)[:, 0].to(importance.dtype)
 
         # What leaves the window while the chunk is read, tokens l … h−1 of [P+T], and what was kept until now.
         low, high = max(x.first, P + a - W), max(x.first, P + b - W)
+        left_at = slice(low - P + W, high - P + W)
+        leaving = torch.arange(base + low, base + high, device=q.device).expand(N, -1)
+        stays = real[:, left_at] & (x.position[:, low:high] >= 0)  # not padding …
+        if x.start is not None:  # … nor of an earlier document
+            stays = stays & (leaving >= x.start[:, left_at])
         if x.ahead or (high == low and not M):
-            low = high
+            n_seen = 0
         elif not M:  # what leaves the window departs
-            index = torch.arange(M + low, M + high, device=q.device).expand(N, -1)
-            leaves = (x.position[:, M + low : M + high] >= 0) & real[:, low - P + W : high - P + W]
-            if x.start is not None:
-                leaves = leaves & (index >= x.start[:, low - P + W : high - P + W])
-            departed[:, low - P + W : high - P + W] = index.masked_fill(~leaves, -1)
+            n_seen = 0
+            departed[:, left_at] = leaving.masked_fill(~stays, -1)
         else:
-            index = torch.arange(M + low, M + high, device=q.device).expand(N, -1)
-            left_at = slice(low - P + W, high - P + W)
-            leaving = x.position[:, M + low : M + high].masked_fill(~real[:, left_at], -1)
-            ranks = torch.cat([rank, _rank(importance[:, low:high], leaving, num_sinks)], 1)
-            ranks, order = ranks.sort(1, descending=True)
-            names = torch.cat([kept, index], 1).gather(1, order).masked_fill(ranks < 0, -1)
-            candidates[chunk, :, : names.shape[1]] = names
-            present = x.present(names, a, b)
-            places = present.cumsum(-1, dtype=torch.int16)  # of those present, the first M are seen
-            visible = present & (places <= M)
-            gone = present & (places > M)
-            goes = gone.clone()
-            goes[:, 1:] &= ~gone[:, :-1]
-            has_gone, who = goes.byte().max(-1)
-            departed[:, a:b] = torch.where(has_gone > 0, names.gather(1, who), -1)
-            scores = x.kept_scores(queries, names, visible, a, b, queries.dtype)
-            if _is_coarse(_finite(scores.amax(-1))):
-                queries, weights, peak, total, read = read_window(torch.float64)
-                scores = x.kept_scores(queries, names, visible, a, b, queries.dtype)
-            weights, kept_peak = _weights_(scores.flatten(1, 2))
-            top = torch.maximum(peak, kept_peak)
-            total = total * (peak - top).exp() + weights.sum(-1, keepdim=True) * (kept_peak - top).exp()
-            kept_read = torch.bmm(weights, _rows(x.v, names.clamp(min=0)).to(weights.dtype))
-            read = read * (peak - top).exp() + kept_read * (kept_peak - top).exp()
-            peak = top
+            leaving_rank = _rank(importance[:, low:high], x.position[:, low:high].where(stays, -1), num_sinks)
+            ranks, order = torch.cat([rank, leaving_rank], 1).sort(1, descending=True)
+            names = torch.cat([kept, leaving], 1).gather(1, order).masked_fill_(ranks < 0, -1)
+            # Where M are kept, nothing below the least of them is seen any more.
+            least = rank.amin(1, keepdim=True).clamp(min=0) if x.start is None else 0
+            n_seen = int((ranks >= least).sum(1).max())
+        if n_seen:
+            names_seen = names[:, :n_seen]
+            candidates[chunk, :, :n_seen] = names_seen
+            last_seen, full = x.last_seen(names_seen, a, b)
+            last[:, a:b] = last_seen[:, 1:]
+            # When a token leaves the window, it departs, or the last one of the M does.
+            number = torch.empty_like(order).scatter_(
+                1, order, torch.arange(order.shape[1], device=q.device).expand_as(order)
+            )
+            before = slice(left_at.start - a, left_at.stop - a)
+            departs = stays & full[:, before]
+            who = torch.maximum(number[:, M:], last_seen[:, before]).masked_fill_(~departs, 0)
+            departed[:, left_at] = names.gather(1, who).masked_fill_(~departs, -1)
+
+            seen_kept, index = x.kept(names_seen, last_seen[:, 1:], a, b), names_seen.clamp(min=0)
+            far = x.is_far(index, a, b)
+            if not careful:
+                scores = x.kept_scores(queries, index, far, a, b)
+                _, more_read, more, _ = _read(scores, seen_kept, _rows(x.v, index), careful)
+                read, total = read.add_(more_read), total.add_(more)
+                careful = not is_usual(total)
+            if careful:
+                queries, scores = window_scores(lse.dtype)
+                scores = torch.cat([scores, x.kept_scores(queries, index, far, a, b)], 2)
+                seen = torch.cat([seen.expand(N, -1, -1, -1), seen_kept], 3)
+                values = torch.cat([x.v[:, keys], _rows(x.v, index)], 1).to(lse.dtype)
+                _, read, total, peak = _read(scores, seen, values, careful)
+        if M and not x.ahead:
             if x.start is not None:  # the next chunk begins in the last token's document
                 ranks = ranks.masked_fill(names < x.start[:, b - 1 : b], -1)
                 ranks, order = ranks.sort(1, descending=True)
                 names = names.gather(1, order).masked_fill(ranks < 0, -1)
             rank, kept = ranks[:, :M], names[:, :M]
-        empty = total == 0
-        y[:, :, a:b] = (read / total.masked_fill(empty, 1.0)).view(N, G, b - a, -1)
-        chunk_lse = (peak.to(lse.dtype) + total.to(lse.dtype).log()).masked_fill(empty, float("inf"))
-        lse[:, :, a:b] = chunk_lse.view(N, G, b - a)
-    return y, lse, departed, kept, rank, importance, candidates
+        lse[:, :, a:b] = (total.to(lse.dtype).log2() + peak).view(N, G, b - a)
+        total = total if is_real is None else total.masked_fill(total == 0, 1.0)
+        y[:, :, a:b] = (read / total).view(N, G, b - a, -1)
+    lse = lse.mul_(1 / _LOG2_E)
+    if not x.all_real:
+        lse = lse.masked_fill_(lse == _NEG_INF, float("inf"))
+    return y, lse, departed, kept, rank, importance, candidates, last
 
 
 def _backward(
-    x: _Exact, y: Tensor, lse: Tensor, candidates: Tensor, dy: Tensor, dlse: Tensor, chunk_size: int
+    x: _Exact, y: Tensor, lse: Tensor, candidates: Tensor, last: Tensor, dy: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q [N,G,T,D], k and v [N,A,·], with the weights p = exp(s − lse) and ds = p (dy·v − dy·y + dlse)."""
+    """The gradients of q [N,G,T,D], k and v [N,A,·], with the weights p = exp(s − lse) and ds = p (dy·v − dy·y). y and lse
+    are those of the whole softmax, slots included."""
     N, G, T, D = x.q.shape
-    M = x.M
     dtype = x.q.dtype
-    dq, dk, dv = torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v)  # of queries and keys as rotated
-    dq_far, dk_plain = (torch.zeros_like(x.q), torch.zeros_like(x.k)) if x.far else (dq, dk)
+    dq, dk, dv = (part.new_zeros(part.shape) for part in (x.q, x.k, x.v))  # dk: of keys as turned
+    dk_plain = torch.zeros_like(x.k) if x.far else None
     for chunk, a in enumerate(range(0, T, chunk_size)):
         b = min(a + chunk_size, T)
-        keys, hidden = x.window(a, b)
+        keys, seen = x.window(a, b)
         row_lse = lse[:, :, a:b].reshape(N, -1, 1)
-        coarse = _is_coarse(row_lse.masked_fill(row_lse.isinf(), 0.0).float()) and dtype == torch.float32
-        compute = torch.float64 if coarse else dtype
-        q_rot, k_rot, q_far = x.tensors(compute)
-        queries = q_rot[:, :, a:b].reshape(N, G * (b - a), D)
+        is_coarse = float(row_lse.masked_fill(row_lse.isinf(), 0.0).abs().max()) > _MAX_SCORE
+        compute = lse.dtype if is_coarse else dtype
+        queries, all_keys = x.queries(a, b, compute), x.keys(compute)
         row_dy, row_y = (rows[:, :, a:b].reshape(N, G * (b - a), -1).to(compute) for rows in (dy, y))
-        delta = (row_dy * row_y).sum(-1, keepdim=True) - dlse[:, :, a:b].reshape(N, -1, 1).to(compute)
-        row_lse = row_lse.to(compute)
+        delta = (row_dy * row_y).sum(-1, keepdim=True)
+        row_lse = (row_lse * _LOG2_E).to(compute)
 
-        def gradients(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        def gradients(scores: Tensor, seen: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             """p and ds [N,G·C,n] of scores and their values [N,n,V]."""
-            p = _exp_(scores.sub_(row_lse))  # noqa: B023
+            p = scores.sub_(row_lse).clamp_(max=0.0).exp2_()  # noqa: B023
+            p.view(N, G, -1, p.shape[2]).mul_(seen)
             return p, torch.bmm(row_dy, v.transpose(1, 2)).sub_(delta).mul_(p)  # noqa: B023
 
-        scores = torch.bmm(queries, k_rot[:, keys].transpose(1, 2))
-        scores.view(N, G, b - a, -1).masked_fill_(hidden[:, None], _NEG_INF)
-        p, ds = gradients(scores, x.v[:, keys].to(compute))
-        dv[:, keys] += torch.bmm(p.transpose(1, 2), row_dy).to(dtype)
-        dk[:, keys] += torch.bmm(ds.transpose(1, 2), queries).to(dtype)
-        row_dq = torch.bmm(ds, k_rot[:, keys])
+        p, ds = gradients(torch.bmm(queries, all_keys[:, keys].transpose(1, 2)), seen, x.v[:, keys].to(compute))
+        dv[:, keys] += torch.bmm(p.transpose(1, 2), row_dy)
+        dk[:, keys] += torch.bmm(ds.transpose(1, 2), queries)
+        row_dq = torch.bmm(ds, all_keys[:, keys])
         names = candidates[chunk].long()
-        if M and bool((names >= 0).any()):
-            present = x.present(names, a, b)
-            visible = present & (present.cumsum(-1, dtype=torch.int16) <= M)
+        n_seen = int((names >= 0).sum(1).max())
+        if n_seen:
+            names = names[:, :n_seen]
             index = names.clamp(min=0)
-            scores = x.kept_scores(queries, names, visible, a, b, compute).flatten(1, 2)
-            p, ds = gradients(scores, _rows(x.v, index).to(compute))
+            flat, far = _flat(index, dk.shape[1]), x.is_far(index, a, b)
 
             def add(total: Tensor, part: Tensor) -> None:
-                flat = _flat(index, total.shape[1])  # noqa: B023
-                total.view(-1, total.shape[2]).index_add_(0, flat, part.to(dtype).flatten(0, 1))
+                total.view(-1, total.shape[2]).index_add_(0, flat, part.to(dtype).flatten(0, 1))  # noqa: B023
 
+            scores = x.kept_scores(queries, index, far, a, b)
+            p, ds = gradients(scores, x.kept(names, last[:, a:b], a, b), _rows(x.v, index).to(compute))
             add(dv, torch.bmm(p.transpose(1, 2), row_dy))
-            if q_far is not None:
-                far = x.is_far(index, a, b)[:, None].expand(N, G, b - a, -1).reshape(ds.shape)
-                ds_far, ds = ds.masked_fill(~far, 0.0), ds.masked_fill(far, 0.0)
-                far_queries = q_far[:, :, a:b].reshape(queries.shape)
-                add(dk_plain, torch.bmm(ds_far.transpose(1, 2), far_queries))
-                dq_far[:, :, a:b] = torch.bmm(ds_far, _rows(x.k.to(compute), index)).view(N, G, b - a, D).to(dtype)
+            if far is not None:
+                ds_far = (ds.view(N, G, b - a, -1) * far).view(ds.shape)
+                ds = ds - ds_far
+                assert dk_plain is not None
+                add(dk_plain, torch.bmm(ds_far.transpose(1, 2), x.far_queries(a, b, compute)))
+                dq_far = torch.bmm(ds_far, _rows(x.k, index).to(compute)).view(N, G, b - a, D).mul_(x.scaling)
+                dq[:, :, a:b] = rotate(dq_far, index.new_tensor(-x.R), x.frequencies)
             add(dk, torch.bmm(ds.transpose(1, 2), queries))
-            row_dq = row_dq + torch.bmm(ds, _rows(k_rot, index))
-        dq[:, :, a:b] = row_dq.view(N, G, b - a, D).to(dtype)
-    dq = rotate(dq, -x.position[:, None, -T:], x.frequencies)
-    dk = rotate(dk, -x.position, x.frequencies)
-    if x.far:
-        dq = dq + rotate(dq_far, x.position.new_tensor(-x.R), x.frequencies)
-        dk = dk + dk_plain
-    return dq * x.scaling, dk, dv
+            row_dq.baddbmm_(ds, _rows(all_keys, index))
+        dq[:, :, a:b] += x.turn_queries(row_dq.view(N, G, b - a, D), a, b, -1).view(N, G, b - a, D)
+    dk = x.turn_keys(dk, dk, -1)
+    if dk_plain is not None:
+        dk.add_(dk_plain)
+    return dq, dk.mul_(1 / _LOG2_E), dv  # the queries were in units of log 2
+
+
+# --------------------------------------------------------------------------------------------------------------- the slots' part
+
+
+class _Slots:
+    """What departs goes into constant attention. Its inputs are made for a few tokens at a time, forward and backward: all that is
+    kept of them is which token departs when.
+
+    A key–value head is one sequence of T·G tokens: a departing one comes with the first of its G queries, the others bring nothing.
+    """
+
+    def __init__(
+        self,
+        x: _Exact,
+        departed: Tensor,
+        query: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        log_decay: Tensor | None,
+        kernels: bool,
+    ):
+        self.x, self.departed, self.log_decay, self.kernels = x, departed, log_decay, kernels  # departed [N,T]
+        N, self.G, T = len(x.k), x.G, x.q.shape[2]
+        self.query = query.reshape(N, self.G, T, -1)
+        copies = N // len(weight)
+        self.weight, self.bias = weight.repeat(copies, 1, 1), bias.repeat(copies, 1)[:, None]  # [N,K,D], [N,1,K]
+        self.chunk_size = max(_SLOT_CHUNK_SIZE, self.G)
+        size = _slot_piece(N, self.G, query.shape[-1], x.v.shape[2], T, query.device, kernels)
+        self.pieces = [slice(s, min(s + size, T)) for s in range(0, T, size)]
+
+    def as_sequence(self, x: Tensor) -> Tensor:
+        """[N,G,n,·] → [N,n·G,·]"""
+        return x.transpose(1, 2).flatten(1, 2)
+
+    def by_query(self, x: Tensor) -> Tensor:
+        """[N,n·G,·] → [N,G,n,·]"""
+        return x.unflatten(1, (-1, self.G)).transpose(1, 2)
+
+    def with_first(self, x: Tensor, fill: float) -> Tensor:
+        """[N,n,·] → [N,n·G,·]"""
+        return (
+            x
+            if self.G == 1
+            else torch.nn.functional.pad(x[:, :, None], (0, 0, 0, self.G - 1), value=fill).flatten(1, 2)
+        )
+
+    def inputs(self, s: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        """q [N,n·G,K], and of what departs: slot keys, values, decays; then its keys [N,n,D], and its numbers [N,n]."""
+        x, number = self.x, self.departed[:, s]
+        comes = number >= 0
+        number = number.clamp(min=0)
+        key = _rows(x.k, number)
+        slot_key = torch.baddbmm(self.bias, key, self.weight.transpose(1, 2))
+        slot_key += torch.where(comes, 0.0, _NEG_INF)[..., None]  # whose value then does not matter
+        decay = None
+        if self.log_decay is not None:
+            choice = torch.stack([torch.zeros_like(self.log_decay), self.log_decay], 1)  # [H,2,K]
+            decay = _rows(choice.repeat(len(comes) // len(choice), 1, 1), comes.long())
+        if x.start is not None:
+            token = torch.arange(x.base + x.P, x.base + x.P + comes.shape[1], device=comes.device) + s.start
+            decay = slot_key.new_zeros(*comes.shape, 1) if decay is None else decay
+            decay = decay.masked_fill(
+                (x.start[:, s] == token)[..., None], _NEG_INF
+            )  # a document begins with empty slots
+            decay = self.with_first(decay, 0.0)
+        elif decay is not None:
+            decay = self.with_first(decay, 0.0)
+        value = self.with_first(_rows(x.v, number), 0.0)
+        return self.as_sequence(self.query[:, :, s]), self.with_first(slot_key, _NEG_INF), value, decay, key, number
+
+    def read(self, y: Tensor, lse: Tensor, log_Z: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Joins what the queries read of the slots into y [N,G,T,V] and lse [N,G,T], in place. Returns it, by itself, and the
+        states before each piece and in the end, log_Z [N,pieces+1,K] and mean [N,pieces+1,K,V]."""
+        y_slots, lse_slots, log_Zs, means = torch.empty_like(y), torch.empty_like(lse), [log_Z], [mean]
+        for s in self.pieces:
+            inputs = self.inputs(s)[:4]
+            y_s, lse_s, log_Z, mean = _chunked(*inputs, log_Zs[-1], means[-1], self.chunk_size, self.kernels)
+            log_Zs.append(log_Z[:, -1])
+            means.append(mean[:, -1])
+            y_slots[:, :, s], lse_slots[:, :, s] = self.by_query(y_s), self.by_query(lse_s)
+            slots, exact = (part.masked_fill(part.isinf(), _NEG_INF) for part in (lse_slots[:, :, s], lse[:, :, s]))
+            both = torch.logaddexp(slots, exact)
+            share, other = ((part - _finite(both)).exp().to(y.dtype)[..., None] for part in (slots, exact))
+            y[:, :, s].mul_(other).addcmul_(share, y_slots[:, :, s])
+            lse[:, :, s] = both.masked_fill(both == _NEG_INF, float("inf"))
+        return y_slots, lse_slots, torch.stack(log_Zs, 1), torch.stack(means, 1)
+
+    def backward(
+        self,
+        y: Tensor,
+        lse: Tensor,
+        y_slots: Tensor,
+        lse_slots: Tensor,
+        states: list[Tensor],
+        dy: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Adds to dk and dv [N,A,·]. Returns the gradients of the query [N,G,T,K]; of weight, bias and log_decay, for each of N
+        rows; and of the state before, log_Z [N,K] and mean [N,K,V]. ``states``: as `read` gave them, and the gradients of the
+        last."""
+        log_Z, mean, dlog_Z, dmean = states
+        dquery, dweight = self.query.new_empty(self.query.shape), torch.zeros_like(self.weight)
+        dbias, ddecay = torch.zeros_like(self.bias[:, 0]), torch.zeros_like(self.bias[:, 0])
+        for piece, s in reversed(list(enumerate(self.pieces))):
+            q, slot_key, value, decay, key, number = self.inputs(s)
+            ends = log_Z[:, piece : piece + 2], mean[:, piece : piece + 2]
+            share = (lse_slots[:, :, s] - lse[:, :, s]).exp()
+            share = share.masked_fill(lse_slots[:, :, s].isinf(), 0.0).to(dy.dtype)[..., None]
+            dlse_s = share * (dy[:, :, s] * (y_slots[:, :, s] - y[:, :, s])).sum(-1, keepdim=True)
+            rows = (y_slots[:, :, s], lse_slots[:, :, s, None], dy[:, :, s] * share, dlse_s.to(lse.dtype))
+            y_s, lse_s, dy_s, dlse_s = (self.as_sequence(part) for part in rows)
+            dq, dslot_key, dvalue, df, dlog_Z, dmean = _chunked_backward(
+                q, slot_key, value, decay, y_s, lse_s[..., 0], *ends, dy_s, dlse_s[..., 0], dlog_Z, dmean,
+                self.chunk_size, self.kernels,
+            )  # fmt: skip
+            dquery[:, :, s] = self.by_query(dq)
+            dslot_key, dvalue = dslot_key[:, :: self.G], dvalue[:, :: self.G]
+            if self.log_decay is not None:
+                ddecay += torch.bmm((self.departed[:, None, s] >= 0).to(df.dtype), df[:, :: self.G])[:, 0]
+            dweight.baddbmm_(dslot_key.transpose(1, 2), key)
+            dbias += dslot_key.sum(1)
+            flat = _flat(number, dk.shape[1])
+            dk.view(-1, dk.shape[2]).index_add_(0, flat, torch.bmm(dslot_key, self.weight).flatten(0, 1))
+            dv.view(-1, dv.shape[2]).index_add_(0, flat, dvalue.flatten(0, 1))
+        return dquery, dweight, dbias, ddecay, dlog_Z, dmean
+
+
+def _slot_piece(N: int, G: int, K: int, V: int, T: int, device: torch.device, kernels: bool) -> int:
+    """Tokens of which the slots are read at a time: one segment of constant attention."""
+    return T if kernels else _segment_length(N, max(K, V), max(_SLOT_CHUNK_SIZE, G), device) // G
 
 
 # ---------------------------------------------------- the same as an operator, which torch.compile and torch.export see whole
@@ -887,8 +1055,8 @@ def _backward(
 _NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::exact", mutates_args=())
-def _exact(
+@torch.library.custom_op(f"{_NAMESPACE}::attend", mutates_args=())
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -897,50 +1065,86 @@ def _exact(
     position: Tensor,
     start: Tensor | None,
     frequencies: Tensor,
+    slot_query: Tensor | None,
+    slot_weight: Tensor | None,
+    slot_bias: Tensor | None,
+    log_decay: Tensor | None,
+    log_Z: Tensor,
+    mean: Tensor,
     scaling: float,
     sliding_window: int,
     num_sinks: int,
     max_distance: int | None,
     is_causal: bool,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The read of the exact tokens, and which they are.
+    kernels: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The read of exact tokens and slots, and what is exact and in the slots then.
 
     Args:
-        q: [B,H·G,T,D]; k, v: [B,H,A,·] of the M kept, P earlier and T new tokens, A = M + P + T; none rotated.
+        q: [B,H·G,T,D]; k, v: [B,H,A,·] of the M kept, P earlier and T new tokens, A = M + P + T, or P + T where nothing
+            is kept; none rotated.
         kept_rank: [B,H,M]; importance: [B,H,P] of the earlier tokens.
         position: [B,P+T], −1 for no token; start: [B,T], the first of the A tokens that belongs to each query's document.
+        slot_query: [B,H·G,T,K]; None: no slots.
 
     Returns:
-        y [B·H·G,T,V] and lse [B·H·G,T]; by their numbers among the A: the token that departs when each new one comes [B,H,T],
-        and those kept in the end [B,H,M], −1 for none; their ranks [B,H,M]; the importance [B,H,P+T]; and each chunk's
-        candidates, best first, [chunks,B·H,M+chunk_size], for the backward pass.
+        y [B,H·G,T,V]; which are kept in the end [B,H,M], by their numbers among the A, −1 for none; their ranks [B,H,M]; the
+        importance [B,H,P+T]; log_Z [B,H,pieces+1,K] and mean [B,H,pieces+1,K,V] of the slots, before each piece of the text and in
+        the end. For the backward pass: lse [B·H,G,T]; each chunk's candidates, best first, [chunks,B·H,M+chunk_size], and the
+        number of the last one that each query sees [B·H,T]; the token that departs when each new one comes [B·H,T]; and what was
+        read of the slots alone, y and lse.
     """
     x = _Exact(q, k, v, kept_rank, position, start, frequencies, scaling, sliding_window, max_distance, is_causal)
-    y, lse, departed, kept, rank, importance, candidates = _forward(
+    y, lse, departed, kept, rank, importance, candidates, last = _forward(
         q, k, v, kept_rank, importance, x, num_sinks, chunk_size
     )
-    B, H = k.shape[:2]
-    by_head = (part.unflatten(0, (B, H)).contiguous() for part in (departed, kept, rank, importance))
-    return y.flatten(0, 1), lse.flatten(0, 1), *by_head, candidates
+    y_slots, lse_slots = y.new_empty(0), lse.new_empty(0)
+    if slot_query is None:
+        log_Zs, means = log_Z.new_empty(0), mean.new_empty(0)
+    else:
+        assert slot_weight is not None and slot_bias is not None
+        slots = _Slots(x, departed, slot_query, slot_weight, slot_bias, log_decay, kernels)
+        y_slots, lse_slots, log_Zs, means = slots.read(y, lse, log_Z.flatten(0, 1), mean.flatten(0, 1))
+        log_Zs, means = (part.unflatten(0, k.shape[:2]) for part in (log_Zs, means))
+    kept, rank, importance = (part.unflatten(0, k.shape[:2]).contiguous() for part in (kept, rank, importance))
+    y = y.view(*q.shape[:3], -1)
+    return y, kept, rank, importance, log_Zs, means, lse, candidates, last, departed, y_slots, lse_slots
 
 
-@_exact.register_fake
-def _(q, k, v, kept_rank, importance, position, start, frequencies, scaling, window, sinks, far, is_causal, chunk_size):
-    (B, heads, T, _), H, M = q.shape, k.shape[1], kept_rank.shape[2]
+@_attend.register_fake
+def _(q, k, v, kept_rank, importance, position, start, frequencies, slot_query, slot_weight, slot_bias, log_decay, log_Z,
+      mean, scaling, window, sinks, far, is_causal, chunk_size, kernels):  # fmt: skip
+    (B, heads, T, _), H, M, V = q.shape, k.shape[1], kept_rank.shape[2], v.shape[-1]
+    G = heads // H
+    lse = v.new_empty(B * H, G, T, dtype=_log_dtype(q.device))
+    slots = log_Z.new_empty(0), mean.new_empty(0), v.new_empty(0), lse.new_empty(0)
+    if slot_query is not None:
+        K = slot_query.shape[-1]
+        piece = _slot_piece(B * H, G, K, V, T, q.device, kernels)
+        states = 1 + (T + piece - 1) // piece
+        slots = (
+            log_Z.new_empty(B, H, states, K),
+            mean.new_empty(B, H, states, K, V),
+            v.new_empty(B * H, G, T, V),
+            lse.new_empty(B * H, G, T),
+        )
     return (
-        v.new_empty(B * heads, T, v.shape[-1]),
-        v.new_empty(B * heads, T, dtype=_log_dtype(q.device)),
-        kept_rank.new_empty(B, H, T),
+        v.new_empty(B, heads, T, V),
         kept_rank.new_empty(B, H, M),
         kept_rank.new_empty(B, H, M),
         importance.new_empty(B, H, position.shape[1]),
+        *slots[:2],
+        lse,
         kept_rank.new_empty((T + chunk_size - 1) // chunk_size, B * H, M + chunk_size, dtype=torch.int32),
+        kept_rank.new_empty(B * H, T, dtype=torch.int32),
+        kept_rank.new_empty(B * H, T),
+        *slots[2:],
     )
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::exact_backward", mutates_args=())
-def _exact_backward(
+@torch.library.custom_op(f"{_NAMESPACE}::attend_backward", mutates_args=())
+def _attend_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -948,52 +1152,88 @@ def _exact_backward(
     position: Tensor,
     start: Tensor | None,
     frequencies: Tensor,
+    slot_query: Tensor | None,
+    slot_weight: Tensor | None,
+    slot_bias: Tensor | None,
+    log_decay: Tensor | None,
     y: Tensor,
+    log_Z: Tensor,
+    mean: Tensor,
     lse: Tensor,
     candidates: Tensor,
+    last: Tensor,
+    departed: Tensor,
+    y_slots: Tensor,
+    lse_slots: Tensor,
     dy: Tensor,
-    dlse: Tensor,
+    dlog_Z: Tensor,
+    dmean: Tensor,
     scaling: float,
     sliding_window: int,
     max_distance: int | None,
     is_causal: bool,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    kernels: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, slot_query, slot_weight, slot_bias, log_decay and the slots' state before; dlog_Z and dmean are
+    those of the state after. Without slots, empty ones."""
     x = _Exact(q, k, v, kept_rank, position, start, frequencies, scaling, sliding_window, max_distance, is_causal)
-    y, lse, dy, dlse = (part.reshape(-1, x.G, *part.shape[1:]) for part in (y, lse, dy, dlse))
-    dq, dk, dv = _backward(x, y, lse, candidates, dy, dlse, chunk_size)
-    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
+    y, dy = (part.reshape(*lse.shape, -1) for part in (y, dy))
+    dq, dk, dv = _backward(x, y, lse, candidates, last, dy, chunk_size)
+    of_slots = [q.new_empty(0) for _ in range(6)]
+    if slot_query is not None:
+        assert slot_weight is not None and slot_bias is not None
+        slots = _Slots(x, departed, slot_query, slot_weight, slot_bias, log_decay, kernels)
+        states = [part.flatten(0, 1) for part in (log_Z, mean, dlog_Z, dmean)]
+        dquery, *of_weights, dlog_Z0, dmean0 = slots.backward(y, lse, y_slots, lse_slots, states, dy, dk, dv)
+        dweight, dbias, ddecay = (part.unflatten(0, k.shape[:2]).sum(0) for part in of_weights)
+        of_slots = [dquery.view(slot_query.shape), dweight, dbias, ddecay]
+        of_slots += [part.reshape(dlog_Z.shape if part.dim() == 2 else dmean.shape) for part in (dlog_Z0, dmean0)]
+    a, b, c, d, e, f = of_slots
+    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), a, b, c, d, e, f
 
 
-@_exact_backward.register_fake
-def _(q, k, v, *rest):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+@_attend_backward.register_fake
+def _(q, k, v, kept_rank, position, start, frequencies, slot_query, slot_weight, slot_bias, log_decay, y, log_Z, mean, lse,
+      candidates, last, departed, y_slots, lse_slots, dy, dlog_Z, dmean, *numbers):  # fmt: skip
+    of_slots = [q.new_empty(0) for _ in range(6)]
+    if slot_query is not None:
+        of_slots = [x.new_empty(x.shape) for x in (slot_query, slot_weight, slot_bias, slot_bias, dlog_Z, dmean)]
+    return *(x.new_empty(x.shape) for x in (q, k, v)), *of_slots
 
 
 def _save_for_backward(ctx, inputs, output):
-    q, k, v, kept_rank, _, position, start, frequencies, *numbers = inputs
-    scaling, window, _, max_distance, is_causal, chunk_size = numbers
-    y, lse, *choices, candidates = output
-    ctx.numbers = scaling, window, max_distance, is_causal, chunk_size
-    ctx.mark_non_differentiable(*choices, candidates)
-    ctx.save_for_backward(q, k, v, kept_rank, position, start, frequencies, y, lse, candidates)
+    q, k, v, kept_rank, _, position, start, frequencies, *slots, _, _ = inputs[:14]
+    scaling, window, _, max_distance, is_causal, chunk_size, kernels = inputs[14:]
+    y, kept, rank, importance, log_Z, mean, *rest = output
+    ctx.numbers = scaling, window, max_distance, is_causal, chunk_size, kernels
+    ctx.mark_non_differentiable(kept, rank, importance, *rest)
+    ctx.save_for_backward(q, k, v, kept_rank, position, start, frequencies, *slots, y, log_Z, mean, *rest)
 
 
-def _run_backward(ctx, dy, dlse, *_):
+def _run_backward(ctx, dy, _kept, _rank, _importance, dlog_Z, dmean, *_):
     saved = ctx.saved_tensors  # once: checkpointing refuses to unpack them again
-    y, lse = saved[7:9]
+    slot_query, _, _, log_decay, y, log_Z, mean = saved[7:14]
     dy = torch.zeros_like(y) if dy is None else dy
-    dlse = torch.zeros_like(lse) if dlse is None else dlse
-    gradients = _exact_backward(*saved, dy, dlse, *ctx.numbers)
-    return *gradients, *[None] * 11
+    if slot_query is not None:  # of the state at the end: the others are nobody's but the backward pass's own
+        dlog_Z = torch.zeros_like(log_Z[:, :, -1]) if dlog_Z is None else dlog_Z[:, :, -1]
+        dmean = torch.zeros_like(mean[:, :, -1]) if dmean is None else dmean[:, :, -1]
+    else:
+        dlog_Z, dmean = log_Z, mean
+    dq, dk, dv, *of_slots = _attend_backward(*saved, dy, dlog_Z, dmean, *ctx.numbers)
+    if slot_query is None:
+        of_slots = [None] * 6
+    elif log_decay is None:
+        of_slots[3] = None
+    return dq, dk, dv, *[None] * 5, *of_slots, *[None] * 7
 
 
 def _refuse_second_backward(ctx, *_):
     raise RuntimeError("compressed_attention is differentiable once; its definition is quadratic_compressed_attention")
 
 
-_exact.register_autograd(_run_backward, setup_context=_save_for_backward)
-_exact_backward.register_autograd(_refuse_second_backward)
+_attend.register_autograd(_run_backward, setup_context=_save_for_backward)
+_attend_backward.register_autograd(_refuse_second_backward)
 
 
 # --------------------------------------------------------------------------------------------------------------------- bad input

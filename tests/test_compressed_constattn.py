@@ -5,7 +5,12 @@ import itertools
 import pytest
 import torch
 
-from modeling_constattn import CompressedState, compressed_attention, quadratic_compressed_attention
+from modeling_constattn import (
+    CompressedState,
+    attention_constattn,
+    compressed_attention,
+    quadratic_compressed_attention,
+)
 from modeling_constattn.compressed_constattn import rotate
 
 B, H, G, D, V, K = 2, 2, 2, 16, 12, 5
@@ -129,6 +134,33 @@ def test_float32_is_exact(kind, scale):
     largest = max(float(x.abs().max()) for x in expected_gradients)
     for own, other in zip(gradients, expected_gradients, strict=True):
         assert float((own.double() - other).abs().max()) < 1e-5 * largest
+
+
+def test_values_of_any_size():
+    """Beyond what float32 holds times the weights, which are usually not taken relative to their largest."""
+    inputs = make_inputs(130, False, torch.float32, 4.0)
+    inputs["value"] = inputs["value"] * 1e30
+    output, _ = compressed_attention(**inputs, **KINDS["kept and sinks"], chunk_size=32)
+    expected = quadratic_compressed_attention(**in_float64(inputs), **KINDS["kept and sinks"])
+    assert relative_error(output, expected) < 2e-6
+
+
+@pytest.mark.parametrize("with_documents", [False, True], ids=["one text", "documents"])
+def test_slots_are_read_in_pieces(with_documents, monkeypatch):
+    inputs = make_inputs(130, True)
+    starts = torch.zeros(B, 130, dtype=torch.bool)
+    starts[:, [0, 70]], starts[1, 7] = True, True
+    options = KINDS["kept and sinks"] | ({"document_start": starts} if with_documents else {})
+    floating = [x.requires_grad_() for name, x in inputs.items() if name != "frequencies"]
+    results = []
+    for size in (attention_constattn._SEGMENT_SIZE["cpu"], 1):  # one piece, and several of 32 tokens
+        monkeypatch.setitem(attention_constattn._SEGMENT_SIZE, "cpu", size)
+        output, state = compressed_attention(**inputs, **options)
+        results.append((output, state, torch.autograd.grad(output.square().sum() + state.mean.sum(), floating)))
+    (output, state, gradients), (expected, expected_state, expected_gradients) = results
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-10, atol=1e-11)
+    assert_same_state(state, expected_state)
 
 
 @kinds
