@@ -58,8 +58,11 @@ def main(arguments: list[str] | None = None) -> dict:
     began = time.perf_counter()
     for row in tqdm(load_documents(options.data, column, chat=options.chat), desc="scoring", unit="document"):
         if options.chat:
-            row_tokens: Iterator[tuple[int, int]] = zip(*encode_chat(row["messages"], tokenizer), strict=True)
-            text = "".join(message["content"] for message in row["messages"] if message["role"] == "assistant")
+            row_tokens: Iterator[tuple[int, int]] = zip(
+                *encode_chat(row["messages"], tokenizer, row["place"]), strict=True
+            )
+            answers = [message.get("content") for message in row["messages"] if message["role"] == "assistant"]
+            text = "".join(answer for answer in answers if isinstance(answer, str))  # not of a call of a tool
         else:
             text = row["text"]
             row_tokens = text_tokens(text, tokenizer)

@@ -1,40 +1,41 @@
 """Documents and conversations: read them from local files or the Hub, and turn them into tokens.
 
     documents = load_documents(["notes/", "more.jsonl"])       # a datasets.Dataset with one column, "text"
-    for document in encode_documents(documents, tokenizer):    # {"input_ids": […]}
+    for piece in encode_documents(documents, tokenizer):       # {"input_ids": […], "ends": whether the document does}
         ...
     ids = encode_rendered(render_chat(messages, tokenizer, add_generation_prompt=True), tokenizer)
 
 Text from outside is text, also where it spells a special token: those stand only where the chat template or the code puts
-them. Data that cannot be used ends the script with one line that names it.
+them. Data that cannot be used ends the script with one line that names the file, and the line or row in it.
 """
 
+import csv
+import hashlib
 import io
 import itertools
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, cast
 from weakref import WeakKeyDictionary
 
-from datasets import Dataset, IterableDataset, Value, concatenate_datasets, load_dataset
+import pyarrow.parquet
+from datasets import Dataset, Features, IterableDataset, Json, Value, concatenate_datasets, load_dataset
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-READERS = {  # file suffix: the reader of `datasets.load_dataset`; a folder contributes its files with these suffixes
-    ".txt": "text",
-    ".md": "text",
-    ".rst": "text",
-    ".csv": "csv",
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-}
 HUB_KEYS = ("path", "name", "split", "data_dir", "data_files", "revision")  # of a source written as a mapping
+# An argument of what fills the cache of `datasets`: that knows a function by its name, and would go on with what it did before.
+CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+# Characters without a place to cut a text at: more of them are cut. A tokenizer takes 600 bytes for each of a word.
+LONGEST_WORD = 1 << 18
+
+csv.field_size_limit(sys.maxsize)  # of a whole document
 
 
 def load_documents(
@@ -49,15 +50,26 @@ def load_documents(
     A source is a file, a folder (searched recursively), the id of a Hub dataset (its split "train"), or a mapping of
     HUB_KEYS for `datasets.load_dataset`. With a label_column, its texts or whole numbers come along as text in "label".
     With `chat`, the documents are conversations: text_column holds lists of {"role": …, "content": …}, and is returned
-    as "messages".
+    as "messages"; "place" says where each is from.
     """
+    wanted = Wanted(text_column, label_column, chat)
     parts = []
     for source in sources if isinstance(sources, list) else [sources]:
-        for dataset, column in _read(source, text_column, streaming):
-            if chat:
-                parts.append(_only_messages(dataset, text_column, source))
-            else:
-                parts.append(_only_text(dataset, column, source, label_column))
+        files = _files(source)
+        part: Any = None if files else _from_hub(source, wanted, streaming)
+        rows = part
+        if files:
+            # with size and time of change, so that a changed file is read again
+            stamped = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+            arguments: dict[str, Any] = {"files": stamped, "wanted": wanted, "code": CODE}
+            rows = read_files(**arguments)
+        if not any(row[wanted.content] for row in rows):
+            raise SystemExit(f"error: '{source}' holds no {'conversations' if chat else 'text'}: all of it is empty")
+        if files and streaming:
+            part = IterableDataset.from_generator(read_files, wanted.features, arguments)
+        elif files:  # a few documents in memory at a time, which may be books
+            part = Dataset.from_generator(read_files, wanted.features, gen_kwargs=arguments, writer_batch_size=64)
+        parts.append(part)
     if not parts:
         raise SystemExit("error: no data is named")
     return concatenate_datasets(parts)
@@ -73,14 +85,88 @@ def source_names(sources: str | dict | list) -> list[str]:
     return names
 
 
-def _read(source: str | dict, text_column: str, streaming: bool) -> Iterator[tuple[Any, str]]:
+@dataclass(frozen=True)
+class Wanted:
+    """What is wanted of a row, and the look at whether it is there."""
+
+    text: str  # the column of the text or conversation
+    label: str | None
+    chat: bool
+
+    @property
+    def content(self) -> str:
+        return "messages" if self.chat else "text"
+
+    @property
+    def features(self) -> Features:
+        if self.chat:
+            return Features({"messages": Json(), "place": Value("string")})
+        label = {} if self.label is None else {"label": Value("string")}
+        return Features({"text": Value("large_string"), **label})
+
+    def document(self, row: Any, place: str) -> dict:
+        if not isinstance(row, Mapping):
+            raise SystemExit(f"error: {place}, holds {_short(row)}, not columns")
+        for key, name in (("text_column", self.text), ("label_column", self.label)):
+            if name is not None and name not in row:
+                raise SystemExit(f"error: {place}, has no column '{name}' ({key}), it has {', '.join(row) or 'none'}")
+        value = row[self.text]
+        if self.chat:
+            return {"messages": self.conversation(value, place), "place": place}
+        if value is not None and not isinstance(value, str):
+            raise SystemExit(f"error: {place}: column '{self.text}' holds {_short(value)}, not text")
+        _check_characters(value, place)
+        if self.label is None:
+            return {"text": value}
+        label = row[self.label]
+        if label in (None, ""):
+            raise SystemExit(f"error: {place}, has no {self.label}")
+        if not isinstance(label, str | int) or isinstance(label, bool):
+            raise SystemExit(
+                f"error: {place}: column '{self.label}' holds {_short(label)}, not a label (text or a whole number)"
+            )
+        _check_characters(label, place)
+        return {"text": value, "label": str(label)}
+
+    def conversation(self, value: Any, place: str) -> list[dict]:
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+            raise SystemExit(
+                f"error: {place}: column '{self.text}' holds {_short(value)}, "
+                'not a list of {"role": …, "content": …}'
+            )
+        for number, message in enumerate(value, start=1):
+            role, content = message.get("role"), message.get("content")
+            if not isinstance(role, str):
+                raise SystemExit(f"error: {place}: message {number} has no role: {_short(message)}")
+            if all(part is None for key, part in message.items() if key != "role"):
+                raise SystemExit(f"error: {place}: message {number} has no content: {_short(message)}")
+            if not isinstance(content, str | list | None):
+                raise SystemExit(f"error: {place}: message {number} has the content {_short(content)}, not text")
+        _check_characters(value, place)
+        return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _check_characters(value: Any, place: str) -> None:
+    try:
+        change_texts(value, str)
+    except UnicodeEncodeError as error:
+        raise SystemExit(f"error: {place}, holds half a character: {error}") from error
+
+
+def _files(source: str | dict) -> list[Path] | None:
+    """The files of a source that are not empty; None of a Hub dataset."""
     if isinstance(source, dict):
         unknown = [key for key in source if key not in HUB_KEYS]
         if unknown or "path" not in source:
             raise SystemExit(f"error: data {source}: a mapping needs 'path' and may have {', '.join(HUB_KEYS[1:])}")
-        yield _from_hub({"split": "train", **source}, streaming), text_column
-        return
-
+        return None
     path = Path(source).expanduser()
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
@@ -91,92 +177,161 @@ def _read(source: str | dict, text_column: str, streaming: bool) -> Iterator[tup
     elif source.startswith((".", "/", "~")) or path.suffix in READERS or source.count("/") > 1:
         raise SystemExit(f"error: no such file or folder: '{source}'")
     else:
-        yield _from_hub({"path": source, "split": "train"}, streaming), text_column
-        return
-
-    for reader, group in itertools.groupby(files, key=lambda file: READERS.get(file.suffix, "text")):
-        yield _from_files(list(group), reader, streaming), "text" if reader == "text" else text_column
-
-
-def _from_files(files: list[Path], reader: str, streaming: bool) -> Any:
-    options = {"sample_by": "document"} if reader == "text" else {}
-    full = [str(file) for file in files if file.stat().st_size]
+        return None
+    full = [file for file in files if file.stat().st_size]
     if not full:
         raise SystemExit(f"error: '{files[0]}' is empty")
-    try:
-        return load_dataset(reader, data_files=full, split="train", streaming=streaming, **options)
-    except Exception as error:  # each reader has its own; the first cause says what is wrong with the file
-        if len(full) > 1:
-            for file in files:
-                _from_files([file], reader, streaming)  # names the file that is at fault
-        cause = error.__cause__ or error
-        raise SystemExit(f"error: '{full[0]}' cannot be read as {reader}: {cause}") from error
+    return full
 
 
-def _from_hub(options: dict, streaming: bool) -> Any:
+def _from_hub(source: str | dict, wanted: Wanted, streaming: bool) -> Any:
+    options = {"split": "train", **(source if isinstance(source, dict) else {"path": source})}
     try:
-        return load_dataset(**options, streaming=streaming)
+        dataset = load_dataset(**options, streaming=streaming)
+        columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream knows them once it has been read
+        arguments = {"wanted": wanted, "name": options["path"], "code": CODE}
+        return dataset.map(_hub_row, True, fn_kwargs=arguments, remove_columns=columns, features=wanted.features)
     except Exception as error:  # not found, not reachable, no such split, a damaged file, …
         raise SystemExit(
-            f"error: '{options['path']}' is no file or folder here, and as a Hub dataset it cannot be loaded: {error}"
+            f"error: '{options['path']}' is no file or folder here, and as a Hub dataset it cannot be loaded: "
+            f"{' '.join(str(error.__cause__ or error).split())}"
         ) from error
 
 
-def _only_text(dataset: Any, column: str, source: str | dict, label_column: str | None) -> Any:
-    _check_columns(dataset, source, text_column=column, label_column=label_column)
-    labels = None if label_column is None else _labels(dataset, label_column, source)
-    if dataset.features and dataset.features[column].dtype not in ("string", "large_string"):
-        raise SystemExit(f"error: column '{column}' of '{source}' holds {dataset.features[column].dtype}, not text")
-    dataset = dataset.select_columns([column]).rename_columns({column: "text"} if column != "text" else {})
-    if dataset.features and dataset.features["text"].dtype != "string":
-        dataset = dataset.cast_column("text", Value("string"))  # or it does not join the others
-    return dataset if labels is None else dataset.add_column("label", labels)
+def _hub_row(row: dict, index: int, wanted: Wanted, name: str, code: str) -> dict:
+    return wanted.document(row, f"'{name}', row {index + 1}")
 
 
-def _only_messages(dataset: Any, column: str, source: str | dict) -> Any:
-    _check_columns(dataset, source, text_column=column)
-    feature = dataset.features[column] if dataset.features else None
-    if feature is not None and not {"role", "content"} <= set(getattr(feature, "feature", None) or ()):
-        raise SystemExit(f"error: column '{column}' of '{source}' holds no lists of {{\"role\": …, \"content\": …}}")
-    dataset = dataset.select_columns([column])
-    return dataset if column == "messages" else dataset.rename_column(column, "messages")
+def read_files(files: list[tuple[str, int, int]], wanted: Wanted, code: str) -> Iterator[dict]:
+    """The documents of local files, in order."""
+    for file in (Path(name) for name, *_ in files):
+        try:
+            for place, row in READERS.get(file.suffix, _read_text)(file, wanted):
+                yield wanted.document(row, f"'{file}'{place}")
+        except (OSError, pyarrow.ArrowException) as error:
+            raise SystemExit(f"error: '{file}' cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _check_columns(dataset: Any, source: str | dict, **names: str | None) -> None:
-    columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream knows its columns once it has been read
-    for key, name in names.items():
-        if name is not None and name not in columns:
-            raise SystemExit(f"error: '{source}' has no column '{name}' ({key}), it has {', '.join(columns)}")
+# The rows of a file, and the place of each in it
+
+FRACTION = re.compile(r"[-+]?\d*\.\d+")
 
 
-def _labels(dataset: Dataset, column: str, source: str | dict) -> list[str]:
-    kind = dataset.features[column].dtype
-    if kind not in ("string", "large_string") and not kind.startswith(("int", "uint")):
-        raise SystemExit(f"error: column '{column}' of '{source}' holds {kind}, not labels (text or whole numbers)")
-    labels = dataset[column][:]
-    if None in labels:
-        raise SystemExit(f"error: row {labels.index(None) + 1} of '{source}' has no {column}")
-    return [str(label) for label in labels]
+def _read_text(file: Path, wanted: Wanted) -> Iterator[tuple[str, dict]]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise SystemExit(f"error: '{file}', line {line}, is not UTF-8: {error}") from error
+    yield "", {"text" if wanted.chat else wanted.text: text}
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                yield number, line.decode("utf-8" if number > 1 else "utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise SystemExit(f"error: '{file}', line {number}, is not UTF-8: {error}") from error
+
+
+def _read_csv(file: Path, wanted: Wanted) -> Iterator[tuple[str, dict]]:
+    lines = csv.reader((line for _, line in _lines(file)), strict=True)
+    names: list[str] = []
+    number = 1  # of the row's first line
+    try:
+        for fields in lines:
+            if names and len(fields) not in (0, len(names)):
+                raise csv.Error(f"{len(fields)} fields, while the first row has {len(names)}")
+            if names and fields:
+                row: dict[str, Any] = {name: field or None for name, field in zip(names, fields, strict=True)}
+                if FRACTION.fullmatch(row.get(wanted.label) or ""):
+                    row[cast(str, wanted.label)] = float(row[wanted.label])  # which is no label
+                yield f", line {number}", row
+            names, number = names or fields, lines.line_num + 1
+    except csv.Error as error:
+        raise SystemExit(f"error: '{file}', line {number}, is not CSV: {error}") from error
+
+
+def _read_json(file: Path, wanted: Wanted) -> Iterator[tuple[str, Any]]:
+    """A row a line; or one array of rows, or a single one, over any number of lines."""
+    is_first = True
+    for number, line in _lines(file):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            is_line = not (is_first and isinstance(row, list))
+        except (ValueError, RecursionError) as error:
+            if not is_first:
+                raise SystemExit(f"error: '{file}', line {number}, is not JSON: {error}") from error
+            is_line = False
+        if not is_line:
+            yield from _read_whole_json(file)
+            return
+        is_first = False
+        yield f", line {number}", row
+
+
+def _read_whole_json(file: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        value = json.loads("".join(line for _, line in _lines(file)))
+    except (ValueError, RecursionError) as error:
+        raise SystemExit(f"error: '{file}', line {getattr(error, 'lineno', 1)}, is not JSON: {error}") from error
+    rows = value if isinstance(value, list) else [value]
+    yield from ((f", row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _read_parquet(file: Path, wanted: Wanted) -> Iterator[tuple[str, dict]]:
+    table = pyarrow.parquet.ParquetFile(file)
+    names = table.schema_arrow.names
+    columns = [name for name in (wanted.text, wanted.label) if name in names]
+    is_whole = len(columns) == 1 + (wanted.label is not None)
+    number = 0
+    for batch in table.iter_batches(64, columns=columns if is_whole else names):
+        for index in range(len(batch)):
+            number += 1
+            try:
+                row = {name: column[index].as_py() for name, column in zip(batch.schema.names, batch, strict=True)}
+            except UnicodeDecodeError as error:
+                raise SystemExit(f"error: '{file}', row {number}, is not UTF-8: {error}") from error
+            yield f", row {number}", row
+
+
+READERS: dict[
+    str, Callable[[Path, Wanted], Iterator[tuple[str, Any]]]
+] = {  # a folder contributes files of these suffixes
+    ".txt": _read_text,
+    ".md": _read_text,
+    ".rst": _read_text,
+    ".csv": _read_csv,
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
+
+
+# From a place before a word, or at the begin of a line, on, no token reaches back. (Read from behind: the last one first.)
+CUT = re.compile(r"\S (?=\S)|\S(?=\n\S)")
 
 
 def split_text(stream: TextIO, tokenizer: PreTrainedTokenizerBase, characters: int = 1 << 16) -> Iterator[str]:
     """Pieces of a text of any length whose token ids, joined, are those of the whole text.
 
     Byte-level and most other fast tokenizers never join a word to the one before it, so a cut before the space of
-    " word" changes nothing. Where a tokenizer does (tested here), the text stays whole.
+    " word", or after a line break, changes nothing. Where a tokenizer does (tested here), the text stays whole.
+    LONGEST_WORD characters without such a place, which no text in words has, are cut nevertheless.
     """
-
-    whole, *parts = text_ids(["one two", "one", " two"], tokenizer)
-    if whole != parts[0] + parts[1]:
+    whole, *parts = text_ids(["one two\nthree", "one", " two\n", "three"], tokenizer)
+    if whole != list(itertools.chain(*parts)):
         yield stream.read()
         return
     rest = ""
     while more := stream.read(characters):
         rest += more
-        cut = rest.rfind(" ", 1, -1)
-        while cut > 0 and (rest[cut - 1].isspace() or rest[cut + 1].isspace()):
-            cut = rest.rfind(" ", 1, cut)
-        if cut > 0:
+        found = CUT.search(rest[::-1])
+        cut = len(rest) - found.end() if found else len(rest) // LONGEST_WORD * LONGEST_WORD
+        if cut:
             yield rest[:cut]
             rest = rest[cut:]
     if rest:
@@ -258,25 +413,39 @@ def start_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def encode_documents(
     documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, words: bool = False
-) -> Iterator[dict[str, list[int]]]:
-    """The "input_ids" of each such document and, with `words`, "starts_word": 1 for each token that begins a word."""
-    for batch in documents.iter(batch_size=64):
-        texts = [list(split_text(io.StringIO(text), tokenizer)) for text in batch["text"] if text]
-        if not texts:
-            continue
-        pieces = list(itertools.chain.from_iterable(texts))
-        columns = {"input_ids": text_ids(pieces, tokenizer)}
+) -> Iterator[dict[str, Any]]:
+    """The tokens of all documents that have any, in pieces: "input_ids", and "ends" where a document does.
+
+    With `words`, "starts_word" is 1 for each token that begins a word.
+    """
+
+    def pieces() -> Iterator[tuple[str, bool]]:
+        for batch in documents.iter(batch_size=64):
+            for text in filter(None, batch["text"]):
+                *parts, last = split_text(io.StringIO(text), tokenizer)
+                yield from ((part, False) for part in parts)
+                yield last, True
+
+    def encode(texts: list[str], ends: list[bool]) -> Iterator[dict[str, Any]]:
+        columns: dict[str, list] = {"input_ids": text_ids(texts, tokenizer), "ends": ends}
         if words:
             columns["starts_word"] = [
                 [int(word != before) for before, word in itertools.pairwise([None, *encoding.word_ids])]
-                for encoding in cast(Tokenizer, twin(tokenizer).backend).encode_batch(pieces)
+                for encoding in cast(Tokenizer, twin(tokenizer).backend).encode_batch(texts)
             ]
-        rows = {name: iter(column) for name, column in columns.items()}
-        for text in texts:
-            yield {
-                name: list(itertools.chain.from_iterable(itertools.islice(column, len(text))))
-                for name, column in rows.items()
-            }
+        yield from (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+
+    texts: list[str] = []
+    ends: list[bool] = []
+    characters = 0
+    for text, end in pieces():
+        texts.append(text)
+        ends.append(end)
+        characters += len(text)
+        if characters > LONGEST_WORD:
+            yield from encode(texts, ends)
+            texts, ends, characters = [], [], 0
+    yield from encode(texts, ends)
 
 
 # Conversations
@@ -291,15 +460,17 @@ class Rendered:
     answers: list[tuple[int, int]]  # from where to where it is the assistant's, where the template marks that
 
 
-def encode_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def encode_chat(
+    messages: list[dict], tokenizer: PreTrainedTokenizerBase, place: str = ""
+) -> tuple[list[int], list[int]]:
     """The token ids of a conversation by the tokenizer's chat template, and 1 for each token of the assistant's answers.
 
-    All tokens but the first count where the template does not mark the answers.
+    All tokens but the first count where the template does not mark the answers. Errors name the `place` it is from.
     """
     try:
         rendered = render_chat(messages, tokenizer)
     except ValueError as error:
-        raise SystemExit(f"error: {error}: {str(messages)[:200]}") from error
+        raise SystemExit(f"error: {place or 'a conversation'}: {error}: {str(messages)[:200]}") from error
     ids, counts = _encode_rendered(rendered, tokenizer)
     return ids, counts if marks_answers(tokenizer) else [int(position > 0) for position in range(len(ids))]
 

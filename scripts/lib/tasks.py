@@ -94,7 +94,10 @@ def pack(
     arguments = {"documents": documents, "tokenizer": tokenizer, "block_size": block_size, "words": words, "code": CODE}
     if streaming:
         blocks = IterableDataset.from_generator(packed_blocks, gen_kwargs=arguments)
-        return blocks.filter(functools.partial(is_full, block_size=block_size))
+        blocks = blocks.filter(functools.partial(is_full, block_size=block_size))
+        if next(iter(blocks), None) is None:
+            raise SystemExit(f"error: the {name} text has less than one block of tokens (block_size {block_size:,})")
+        return blocks
     blocks = Dataset.from_generator(packed_blocks, gen_kwargs=arguments)
     left_over = 0
     if len(blocks) and (tail := len(blocks[-1]["input_ids"])) < block_size:
@@ -122,10 +125,13 @@ def packed_blocks(
     start, end = start_token_id(tokenizer), tokenizer.eos_token_id
     ending = [] if end in (start, None) else [end]
     row: dict[str, list[int]] = {name: [] for name in (["input_ids", "starts_word"] if words else ["input_ids"])}
-    for document in encode_documents(documents, tokenizer, words):
-        row["input_ids"] += [start, *document["input_ids"], *ending]
+    begins = True
+    for piece in encode_documents(documents, tokenizer, words):
+        before, after = [start] if begins else [], ending if piece["ends"] else []
+        begins = piece["ends"]
+        row["input_ids"] += [*before, *piece["input_ids"], *after]
         if words:
-            row["starts_word"] += [1, *document["starts_word"], *[1 for _ in ending]]
+            row["starts_word"] += [*[1 for _ in before], *piece["starts_word"], *[1 for _ in after]]
         full = len(row["input_ids"]) // block_size * block_size
         for position in range(0, full, block_size):
             yield {key: values[position : position + block_size] for key, values in row.items()}
@@ -217,17 +223,17 @@ def chat_rows(conversations: Any, tokenizer: Any, block_size: int, name: str, st
     """Each conversation's tokens, no more than block_size; its labels are the answers' tokens, −100 elsewhere."""
 
     def encode(row: dict, code: str = CODE) -> dict[str, list[int]]:
-        ids, counts = encode_chat(row["messages"], tokenizer)
+        ids, counts = encode_chat(row["messages"], tokenizer, row["place"])
         labels = [token if counts else -100 for token, counts in zip(ids, counts, strict=True)]
         return {"input_ids": ids[:block_size], "labels": labels[:block_size]}
 
-    rows = conversations.map(encode, remove_columns=["messages"])
+    rows = conversations.map(encode, remove_columns=["messages", "place"])
     rows = rows.filter(lambda row: any(label != -100 for label in row["labels"]))
+    if next(iter(rows), None) is None:
+        raise SystemExit(f"error: no {name} conversation has an answer within block_size {block_size:,} tokens")
     if streaming:
         return rows
     lengths = [len(tokens) for tokens in rows["input_ids"]]
-    if not lengths:
-        raise SystemExit(f"error: no {name} conversation has an answer within block_size {block_size:,} tokens")
     say(
         f"{name}: {len(rows):,} conversations, {sum(lengths):,} tokens; "
         f"{sum(length == block_size for length in lengths):,} fill or are cut to {block_size:,} tokens, "

@@ -21,7 +21,7 @@ import torch
 import yaml
 from datasets import IterableDataset
 from safetensors import safe_open
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -343,7 +343,10 @@ def train_tokenizer(documents: Any, vocab_size: int, with_mask: bool = False) ->
                 characters += len(row["text"])
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # What is longer is no word; to learn from it takes time with the square of its length.
+    longest = pre_tokenizers.Split(Regex(r"\S{256}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([longest, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -352,6 +355,7 @@ def train_tokenizer(documents: Any, vocab_size: int, with_mask: bool = False) ->
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.pre_tokenizer = byte_level
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,

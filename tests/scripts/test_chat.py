@@ -115,7 +115,7 @@ def test_answers_are_labels_and_long_conversations_are_cut(tokenizer: PreTrained
     conversations.append([user("A?"), assistant("long " * 40)])
     said: list[str] = []
     rows = tasks.chat_rows(
-        Dataset.from_list([{"messages": messages} for messages in conversations]),
+        Dataset.from_list([{"messages": messages, "place": "x"} for messages in conversations]),
         tokenizer,
         50,
         "x",
@@ -128,7 +128,9 @@ def test_answers_are_labels_and_long_conversations_are_cut(tokenizer: PreTrained
         assert row["input_ids"] == ids[:50]
         assert row["labels"] == [token if c else -100 for token, c in zip(ids, counts, strict=True)][:50]
     assert "1 fill or are cut to 50 tokens, 2 without an answer in there are left out" in said[0]
-    stream = Dataset.from_list([{"messages": messages} for messages in conversations]).to_iterable_dataset()
+    stream = Dataset.from_list(
+        [{"messages": messages, "place": "x"} for messages in conversations]
+    ).to_iterable_dataset()
     assert list(tasks.chat_rows(stream, tokenizer, 50, "x", True, said.append)) == list(rows)
 
 
@@ -233,7 +235,7 @@ def test_the_answer_streams(chat_model: Path, capsys: pytest.CaptureFixture, chu
         (["chat_template=nowhere.jinja"], "chat_template 'nowhere.jinja' cannot be read"),
         (["chat_template=null"], "has no chat template to write a conversation with"),
         (["text_column=talk"], "has no column 'talk' (text_column), it has messages"),
-        (["data=words.jsonl"], "column 'messages' of 'words.jsonl' holds no lists of {\"role\": …, \"content\": …}"),
+        (["data=words.jsonl"], "'words.jsonl', line 1: column 'messages' holds 'words', not a list of {\"role\": …"),
         (["data=silent.jsonl"], "no training conversation has an answer within block_size 256 tokens"),
         (["chat_template=strict.jinja"], "the chat template cannot write these messages: no: [{'role'"),
         (["lora={rank: 8}"], "lora: "),

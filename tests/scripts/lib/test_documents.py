@@ -1,6 +1,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -84,31 +85,129 @@ def test_a_changed_file_is_read_again(tmp_path: Path):
         assert load_documents(str(file))[0] == {"text": text}
 
 
+FINE = b'{"text": "fine"}\n'
+HALF = b'{"text": "half \\ud83d of it"}'
+NOT_UTF8 = b'{"text": "caf\xe9"}\n'
+
+
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("name", "content", "says"),
     [
-        (None, "no such file or folder"),
-        (b"", "is empty"),
-        (b"{}", "cannot be read as json"),
-        (b'{"other": "x"}', "has no column 'text' (text_column), it has other"),
-        (b'{"text": 7}', "holds int64, not text"),
-        (b'{"text": "x"}\n{"text": ', "cannot be read as json"),
+        ("jsonl", None, "no such file or folder"),
+        ("jsonl", b"", "is empty"),
+        ("jsonl", b"\n \n", "holds no text: all of it is empty"),
+        ("jsonl", b'{"text": null}\n{"text": ""}\n', "holds no text: all of it is empty"),
+        ("jsonl", b"{}", "line 1, has no column 'text' (text_column), it has none"),
+        ("jsonl", b'{"other": "x"}', "line 1, has no column 'text' (text_column), it has other"),
+        ("jsonl", FINE * 5000 + b'{"other": "x"}', "line 5001, has no column 'text'"),
+        ("jsonl", FINE * 5000 + b'{"text": 7}', "line 5001: column 'text' holds 7, not text"),
+        ("jsonl", FINE * 5000 + b'{"text": ["a"]}', "line 5001: column 'text' holds ['a'], not text"),
+        ("jsonl", FINE * 2 + b"\n[1]", "line 4, holds [1], not columns"),
+        ("jsonl", FINE + b'{"text": ', "line 2, is not JSON: Expecting value"),
+        ("jsonl", FINE + b"[" * 100_000, "line 2, is not JSON: "),
+        ("jsonl", FINE + NOT_UTF8, "line 2, is not UTF-8: 'utf-8' codec can't decode byte 0xe9"),
+        ("jsonl", FINE + HALF, "line 2, holds half a character"),
+        ("json", b'[{"text": "a"},\n {"text": 7}]', "row 2: column 'text' holds 7, not text"),
+        ("json", b'[{"text": "a"},\n {"text": }]', "line 2, is not JSON: Expecting value"),
+        ("json", b'{\n"rows": []}', "row 1, has no column 'text' (text_column), it has rows"),
+        ("txt", b"fine\nnot fine: \xe9", "line 2, is not UTF-8"),
+        ("csv", b"text,n\nfine,1\n\xe9,2\n", "line 3, is not UTF-8"),
+        ("csv", b'text,n\n"two\nlines",1\na,b,c\n', "line 4, is not CSV: 3 fields, while the first row has 2"),
+        ("csv", b'text,n\n"no end,1\n', "line 2, is not CSV: unexpected end of data"),
+        ("csv", b"text,n\n", "holds no text: all of it is empty"),
+        ("csv", b"n\n1\n", "line 2, has no column 'text' (text_column), it has n"),
+        ("parquet", b"PAR1 cut off", "cannot be read: "),
     ],
 )
-def test_bad_files_are_named(tmp_path: Path, content: bytes | None, says: str):
-    file = tmp_path / "data.jsonl"
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes | None, says: str, streaming: bool):
+    file = tmp_path / f"data.{name}"
     if content is not None:
         file.write_bytes(content)
+    refused(file, says, streaming=streaming)
+
+
+def refused(file: Path, says: str, **options: Any) -> None:
     with pytest.raises(SystemExit) as error:
-        load_documents(str(file))
-    assert says in str(error.value)
-    assert str(file) in str(error.value)
+        list(load_documents(str(file), **options))
+    message = str(error.value)
+    assert message.startswith("error: ")
+    assert says in message
+    assert str(file) in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ([["a", "b"], ["c"]], "row 1: column 'text' holds ['a', 'b'], not text"),
+        ([{"a": 1}], "row 1: column 'text' holds {'a': 1}, not text"),
+        ([1, 2], "row 1: column 'text' holds 1, not text"),
+        (pyarrow.array([b"a"]), "row 1: column 'text' holds b'a', not text"),
+        (pyarrow.array([None, None]), "holds no text: all of it is empty"),
+        (pyarrow.array([], pyarrow.string()), "holds no text: all of it is empty"),
+        (pyarrow.array([b"ok", b"\xff"]).view(pyarrow.string()), "row 2, is not UTF-8"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_columns_of_parquet_are_named(tmp_path: Path, values: Any, says: str, streaming: bool):
+    pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "data.parquet")
+    refused(tmp_path / "data.parquet", says, streaming=streaming)
+
+
+@pytest.mark.parametrize(
+    ("conversation", "says"),
+    [
+        ("words", ": column 'messages' holds 'words', not a list of"),
+        (["words"], ": column 'messages' holds ['words'], not a list of"),
+        ([None], ": column 'messages' holds [None], not a list of"),
+        ([{"content": "x"}], ": message 1 has no role"),
+        ([{"role": "user", "content": "x"}, {"role": "assistant"}], ": message 2 has no content"),
+        ([{"role": "user", "content": None}], ": message 1 has no content"),
+        ([{"role": "user", "content": 7}], ": message 1 has the content 7, not text"),
+        ([{"role": "user", "content": "half \ud83d of it"}], ", holds half a character"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_conversations_are_named(tmp_path: Path, conversation: Any, says: str, streaming: bool):
+    file = tmp_path / "chats.jsonl"
+    fine = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B.", "tool_calls": [{"id": 1}]}]
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in [fine] * 100 + [conversation]))
+    refused(file, f"line 101{says}", text_column="messages", chat=True, streaming=streaming)
+
+
+def test_conversations_come_as_they_are(tmp_path: Path):
+    rows = [
+        [{"role": "user", "content": "A?"}, {"role": "assistant", "content": None, "tool_calls": [{"n": 1}]}],
+        [{"role": "user", "content": [{"type": "text", "text": "A?"}], "name": "me"}],
+        None,
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    table = pyarrow.table({"messages": [[{"role": "user", "content": "B?"}]]})
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    documents = load_documents(str(tmp_path), "messages", chat=True)
+    assert documents["messages"][:] == [*rows[:2], [], [{"role": "user", "content": "B?"}]]
+    assert documents["place"][:2] == [f"'{tmp_path / 'a.jsonl'}', line {number}" for number in (1, 2)]
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tmp_path: Path):
+    tokenizer = byte_level()
+    tokenizer.chat_template = "{{ raise_exception('no robots') }}"
+    with pytest.raises(SystemExit, match=r"error: 'a\.jsonl', line 3: the chat template cannot .*no robots"):
+        encode_chat([{"role": "robot", "content": "x"}], tokenizer, "'a.jsonl', line 3")
+
+
+def test_rows_may_have_other_columns_than_the_first(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "n": 1}\n{"m": [], "text": "two"}\n')
+    (tmp_path / "b.csv").write_bytes(b'\xef\xbb\xbfm,text\r\n1,"a ""b""\n, c"\r\n\r\n2,NA\r\n')
+    assert load_documents(str(tmp_path))["text"][:] == ["one", "two", 'a "b"\n, c', "NA"]
 
 
 def test_the_bad_file_of_a_folder_is_named(tmp_path: Path):
     (tmp_path / "a.txt").write_text("fine")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00 not text")
-    with pytest.raises(SystemExit, match=r"b\.txt' cannot be read as text"):
+    with pytest.raises(SystemExit, match=r"b\.txt', line 1, is not UTF-8"):
         load_documents(str(tmp_path))
 
 
@@ -129,9 +228,20 @@ def test_a_mapping_with_an_unknown_key():
         load_documents({"path": "json", "splitt": "train"})
 
 
+def encoded(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The token ids of each document."""
+    rows: list[list[int]] = [[]]
+    for piece in encode_documents(documents, tokenizer):
+        rows[-1] += piece["input_ids"]
+        if piece["ends"]:
+            rows.append([])
+    assert not rows[-1]
+    return rows[:-1]
+
+
 def test_pieces_have_the_tokens_of_the_whole(texts: list[str]):
     tokenizer = train_tokenizer([{"text": text} for text in texts], 400)
-    for text in [*texts, "no-space" * 100, "   wide   spaces\n\n \n" * 50, ""]:
+    for text in [*texts, "no-space" * 100, "   wide   spaces\n\n \n" * 50, "no-space\n" * 50, "naïve\n\n" * 50, ""]:
         whole = tokenizer(text, add_special_tokens=False)["input_ids"]
         pieces = list(split_text(io.StringIO(text), tokenizer, characters=50))
         assert "".join(pieces) == text
@@ -139,8 +249,20 @@ def test_pieces_have_the_tokens_of_the_whole(texts: list[str]):
         assert list(token_ids(io.StringIO(text), tokenizer)) == whole
     assert len(list(split_text(io.StringIO(texts[-2]), tokenizer, characters=50))) > 20
     documents = Dataset.from_list([{"text": text} for text in ["", *texts, ""]])
-    encoded = [document["input_ids"] for document in encode_documents(documents, tokenizer)]
-    assert encoded == [tokenizer(text)["input_ids"] for text in texts]
+    assert encoded(documents, tokenizer) == [tokenizer(text)["input_ids"] for text in texts]
+
+
+@pytest.mark.parametrize("begin", ["", "some words before it "])
+def test_a_word_without_end_is_cut(texts: list[str], monkeypatch: pytest.MonkeyPatch, begin: str):
+    tokenizer = train_tokenizer([{"text": text} for text in texts], 400)
+    monkeypatch.setattr("lib.documents.LONGEST_WORD", 1000)
+    text = begin + "ab" * 5000 + " and words behind it"
+    pieces = list(split_text(io.StringIO(text), tokenizer, characters=100))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) < 1000 + 100
+    assert len(pieces) < 20
+    [ids] = encoded(Dataset.from_list([{"text": text}]), tokenizer)
+    assert ids == list(token_ids(io.StringIO(text), tokenizer))
 
 
 def test_a_tokenizer_that_joins_words_reads_the_text_whole():
@@ -219,7 +341,7 @@ def test_a_document_that_names_special_tokens_holds_none(tokenizer: PreTrainedTo
     text = f"one {END} two{START}three"
     assert special & set(tokenizer(text, add_special_tokens=False)["input_ids"])
     documents = Dataset.from_list([{"text": text}, {"text": "one two"}])
-    ids, plain = (document["input_ids"] for document in encode_documents(documents, tokenizer))
+    ids, plain = encoded(documents, tokenizer)
     assert ids == list(token_ids(io.StringIO(text), tokenizer))
     assert not special & set(ids)
     assert says(tokenizer, ids, text)
