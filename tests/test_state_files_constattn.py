@@ -171,8 +171,12 @@ def sealed(tensors, header):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
+    return make_saved(tmp_path_factory.mktemp("saved"))
+
+
+def make_saved(folder):
     """A model with all kinds of layers, the bytes of a file of two rows of different length, what they hold."""
-    model, file = make_model("hybrid"), tmp_path_factory.mktemp("saved") / "state.safetensors"
+    model, file = make_model("hybrid"), folder / "state.safetensors"
     cache = stack_caches([read(model, text(length, seed=length)) for length in (3, 20)])
     save_cache(cache, file, model, notes={"last_token": "7"})
     return SimpleNamespace(
