@@ -245,8 +245,8 @@ def _read_csv(file: Path, wanted: Wanted) -> Iterator[tuple[str, dict]]:
                 raise csv.Error(f"{len(fields)} fields, while the first row has {len(names)}")
             if names and fields:
                 row: dict[str, Any] = {name: field or None for name, field in zip(names, fields, strict=True)}
-                if FRACTION.fullmatch(row.get(wanted.label) or ""):
-                    row[cast(str, wanted.label)] = float(row[wanted.label])  # which is no label
+                if wanted.label is not None and FRACTION.fullmatch(row.get(wanted.label) or ""):
+                    row[wanted.label] = float(row[wanted.label])  # which is no label
                 yield f", line {number}", row
             names, number = names or fields, lines.line_num + 1
     except csv.Error as error:

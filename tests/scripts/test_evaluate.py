@@ -72,7 +72,7 @@ def test_as_a_command_beside_the_library_of_the_same_name(trained: Path, docs: P
         ("./nowhere", "docs", "no such folder: './nowhere'"),
         ("empty", "docs", "folder 'empty' holds no tokenizer"),
         ("trained", "nowhere.txt", "no such file or folder: 'nowhere.txt'"),
-        ("trained", "blank.jsonl", "blank.jsonl: no text in there"),
+        ("trained", "blank.jsonl", "blank.jsonl' holds no text: all of it is empty"),
         ("hopeless", "docs", "'hopeless' has no score on this text: perplexity inf"),
     ],
 )
