@@ -20,6 +20,7 @@ COLOURS = {  # of contenders; others take those of OTHERS
     **dict.fromkeys((op.OURS, models.MODEL), "#c0392b"),
     **dict.fromkeys((op.COMPILED, decode.MODEL_COMPILED), "#e67e22"),
     **dict.fromkeys((op.FORGETTING, prefill.PIECES, serve.SESSIONS), "#8e44ad"),
+    op.COMPRESSED: "#d6278a",
     op.TRITON: "#111111",
     op.TRITON_FORGETTING: "#777777",
     **dict.fromkeys((op.SDPA, models.LLAMA, serve.LLAMA_BATCHING), "#1f6fb2"),
@@ -32,7 +33,7 @@ COLOURS = {  # of contenders; others take those of OTHERS
     op.GLA: "#b8860b",
     op.LIGHTNET: "#00868b",
 }
-OTHERS = ("#d6278a", "#4b7a0f", "#00b3a4", "#6b4226")
+OTHERS = ("#4b7a0f", "#00b3a4", "#6b4226")
 
 
 def cost_page(results: Results, measurements: Mapping[str, Measurement], method: str) -> list[Block]:

@@ -12,16 +12,19 @@ from lib.benchmark.results import Measurement, View
 from lib.linear_attention import linear_attention
 from lib.timing import Bench, Call, Contenders, sweep
 from modeling_constattn.attention_constattn import constant_attention, scan_attention
+from modeling_constattn.compressed_constattn import compressed_attention
 
 FORWARD, BACKWARD = "forward", "forward + backward"
 OURS, COMPILED = "constant attention", "constant attention, compiled"
 TRITON, TRITON_FORGETTING = "constant attention, Triton", "constant attention, Triton, forgetting"
 FORGETTING = "constant attention, forgetting"
+COMPRESSED = "compressed attention"
 SDPA, LINEAR, SCAN = "SDPA, causal", "linear attention, elu+1", "paper's scan"
 PRODUCTS = "its products and exponentials alone"
 GLA, LIGHTNET = "GLA, flash-linear-attention", "LightNet, flash-linear-attention"
 
 BATCH, HEADS, SLOTS, FEATURES = 1, 12, 64, 64
+WINDOW, KEPT, SINKS, MAX_DISTANCE = 256, 128, 4, 8192  # of compressed attention, tokens
 CHUNK, IN_CACHE = 64, 64  # tokens of a chunk; chunks whose [C,C] and [C,K] tensors, a megabyte each, fit a cache
 RUN_SECONDS = 0.05  # a shorter call is repeated within a run until the run takes this long
 
@@ -33,6 +36,7 @@ class Inputs(NamedTuple):
     key: Tensor
     value: Tensor
     log_decay: Tensor
+    slot_query: Tensor  # of compressed attention, [B,H,T,K]
     output_grad: Tensor
 
 
@@ -40,10 +44,22 @@ def ours(x: Inputs, backend: str, forgets: bool) -> Tensor:
     return constant_attention(x.query, x.key, x.value, log_decay=x.log_decay if forgets else None, backend=backend)[0]
 
 
+def compressed(x: Inputs) -> Tensor:
+    """With rotary positions, and slot keys that are the departing tokens' keys times D^−½."""
+    H, D = x.key.shape[1], x.key.shape[3]
+    frequencies = 10_000.0 ** -(torch.arange(0, D, 2, dtype=torch.float64, device=x.key.device) / D)
+    weight = (torch.eye(SLOTS, D, device=x.key.device) * D**-0.5).expand(H, SLOTS, D)
+    return compressed_attention(
+        x.query, x.key, x.value, sliding_window=WINDOW, num_kept_tokens=KEPT, num_sinks=SINKS, frequencies=frequencies,
+        max_distance=MAX_DISTANCE, slot_query=x.slot_query, slot_weight=weight, slot_bias=weight.new_zeros(H, SLOTS),
+    )[0]  # fmt: skip
+
+
 OpFunction = Callable[[Inputs], Tensor]
 FUNCTIONS: dict[str, OpFunction] = {  # the contenders everywhere …
     OURS: partial(ours, backend="torch", forgets=False),
     FORGETTING: partial(ours, backend="torch", forgets=True),
+    COMPRESSED: compressed,
     SDPA: lambda x: F.scaled_dot_product_attention(x.query, x.key, x.value, is_causal=True),
     LINEAR: lambda x: linear_attention(x.query, x.key, x.value),
     SCAN: lambda x: scan_attention(x.query.float(), x.key.float(), x.value.float()),  # value stands for its log
@@ -65,13 +81,14 @@ def measure(bench: Bench, config: Any, lengths: tuple[int, ...]) -> dict:
 
 def random_inputs(bench: Bench, backward: bool, length: int) -> Inputs:
     dtype = getattr(torch, bench.dtype)
-    query, key, log_decay = torch.randn(3, BATCH, HEADS, length, SLOTS, device=bench.device)
+    query, key, log_decay, slot_query = torch.randn(4, BATCH, HEADS, length, SLOTS, device=bench.device)
     value, output_grad = torch.randn(2, BATCH, HEADS, length, FEATURES, device=bench.device)
     return Inputs(
         query.to(dtype, copy=True).requires_grad_(backward),
         key.to(dtype, copy=True).requires_grad_(backward),
         value.to(dtype, copy=True).requires_grad_(backward),
         (F.logsigmoid(log_decay) / 16).requires_grad_(backward),  # as the model makes it, float32 always
+        slot_query.to(dtype, copy=True).requires_grad_(backward),
         output_grad.to(dtype, copy=True),
     )
 
@@ -94,7 +111,7 @@ def call_of(function: OpFunction, backward: bool, inputs: Inputs) -> Call:
 
     def forward_backward() -> tuple[Tensor | None, ...]:
         output = function(inputs)
-        return torch.autograd.grad(output, inputs[:4], inputs.output_grad.to(output.dtype), allow_unused=True)
+        return torch.autograd.grad(output, inputs[:-1], inputs.output_grad.to(output.dtype), allow_unused=True)
 
     return forward_backward if backward else forward
 

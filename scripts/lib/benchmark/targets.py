@@ -7,7 +7,7 @@ from functools import partial
 from lib.benchmark.decode import CONTEXTS, MODEL_COMPILED, READING, TOKEN
 from lib.benchmark.memory import CACHE, KEPT_OP
 from lib.benchmark.models import LLAMA, MAMBA, MODEL
-from lib.benchmark.op import BACKWARD, FORGETTING, FORWARD, GLA, OURS, SCAN, SDPA, TRITON
+from lib.benchmark.op import BACKWARD, COMPRESSED, FORGETTING, FORWARD, GLA, OURS, SCAN, SDPA, TRITON
 from lib.benchmark.prefill import PREFILL
 from lib.benchmark.results import Results, ratios, series
 from lib.benchmark.train import STEP
@@ -74,6 +74,8 @@ ALL, KEPT, READ = "all, worst", "`memory`: kept for backward by", f"{MODEL_COMPI
 TARGETS = (
     *(speed("op", FORWARD, OURS, SDPA, T, wanted) for T, wanted in ((512, 1), (2048, 2), (8192, 6), (16_384, 10))),
     *(speed("op", BACKWARD, OURS, SDPA, T, wanted) for T, wanted in ((512, 2), (1024, 3), (4096, 8), (8192, 12))),
+    *(speed("op", FORWARD, COMPRESSED, SDPA, T, wanted) for T, wanted in ((8192, 2.5), (32_768, 8))),
+    speed("op", BACKWARD, COMPRESSED, SDPA, 8192, 2.5),
     *(
         Target("op", group, f"`op`, {group}: speed with forgetting ÷ without", ALL, 0.8, least(FORGETTING, OURS))
         for group in (FORWARD, BACKWARD)
@@ -84,6 +86,7 @@ TARGETS = (
         at_most("memory", KEPT_OP, f"{KEPT} {name} ÷ by {SDPA}", ALL, 1.5, most(name, SDPA))
         for name in (OURS, FORGETTING)
     ),
+    at_most("memory", KEPT_OP, f"{KEPT} {COMPRESSED} ÷ by {SDPA}", ALL, 2, most(COMPRESSED, SDPA)),
     at_most(
         "memory", KEPT_OP, "`memory`: kept per token, at the longest T ÷ at the shortest", "all", 1.05, kept_growth
     ),
