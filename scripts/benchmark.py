@@ -62,6 +62,7 @@ MEASUREMENTS: dict[str, Measurement] = {
     "newcomer": newcomer.MEASUREMENT,
     "sessions": sessions.MEASUREMENT,
     "restore": restore.MEASUREMENT,
+    "restart": restore.RESTART,
 }
 
 

@@ -66,7 +66,7 @@ def test_every_contender_is_measured_at_every_length(results: Results):
         ("sessions", sessions.RESIDENT): {models.MODEL},
         ("restore", restore.TIME): {restore.READ, restore.LOADED},
         ("restore", restore.SIZE): {restore.LOADED, restore.KEYS_VALUES},
-        ("restore", restore.SERVED): {restore.READ, restore.RESTORED},
+        ("restart", restore.SERVED): {restore.READ, restore.RESTORED},
     }
     measured: dict[tuple[str, str], set[str]] = {}
     for command, result in results.items():

@@ -32,9 +32,8 @@ def measure(bench: Bench, config: Any, lengths: tuple[int, ...]) -> dict:
     per_token = 2 * llama.num_hidden_layers * llama.num_key_value_heads * llama.head_dim * model.dtype.itemsize
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        servers.save_with_words(model, Path(folder, "model"))
         for length in tqdm(lengths, desc="restore", unit="length"):
-            rows += compared(TIME, length, {READ: [], LOADED: []} | in_process(bench, model, length, Path(folder)))
+            rows += compared(TIME, length, in_process(bench, model, length, Path(folder)))
             size = Path(folder, "state.safetensors").stat().st_size
             sizes = {LOADED: size, KEYS_VALUES: length * per_token}
             rows += [
@@ -42,12 +41,20 @@ def measure(bench: Bench, config: Any, lengths: tuple[int, ...]) -> dict:
                 | {"ratios": {peer: other / own for peer, other in sizes.items() if peer != name}}
                 for name, own in sizes.items()
             ]
-            rows += compared(SERVED, length, served(bench, Path(folder), length))
-    remarks = {
-        TIME: "The next token's logits after the one are those after the other, bit for bit.",
-        SERVED: "The state after one more turn is that of the server which was not restarted, bit for bit.",
-    }
-    return {"rows": rows, "remarks": remarks} | facts
+    remark = "The next token's logits after the one are those after the other, bit for bit."
+    return {"rows": rows, "remarks": {TIME: remark}} | facts
+
+
+def measure_restart(bench: Bench, config: Any, lengths: tuple[int, ...]) -> dict:
+    model = models.new_model(bench, config)
+    facts = models.model_facts({models.MODEL: model})
+    with tempfile.TemporaryDirectory() as folder:
+        servers.save_with_words(model, Path(folder, "model"))
+        del model
+        bar = tqdm(lengths, desc="restart", unit="length")
+        rows = [row for length in bar for row in compared(SERVED, length, served(bench, Path(folder), length))]
+    remark = "The state after one more turn is that of the server which was not restarted, bit for bit."
+    return {"rows": rows, "remarks": {SERVED: remark}} | facts
 
 
 def compared(group: str, length: int, runs: dict[str, list[float]]) -> list[dict]:
@@ -100,7 +107,7 @@ def served(bench: Bench, folder: Path, length: int) -> dict[str, list[float]]:
     Raises:
         RuntimeError: the session's state after that request is not that of its fork, which was asked the same before the restart.
     """
-    server = partial(servers.ours, folder / "model", bench.device, folder / "sessions")
+    server = partial(servers.ours, folder / "model", bench.device, folder / "sessions", "--chunk-size", PIECE)
     turn = words(8)
     with server() as warm:
         warm.streams([words(8)], 4)  # warms up
@@ -128,6 +135,11 @@ MEASUREMENT = Measurement(
     views=(
         View(TIME, "A prompt is read, or its state is loaded", LOADED, READ, "s", plot=False),
         View(SIZE, "A prompt's state as a file", LOADED, KEYS_VALUES, "MB", plot=False),
-        View(SERVED, "The same through the server, to the first token", RESTORED, READ, "s", plot=False),
     ),
+)
+RESTART = Measurement(
+    "the same through the server, across a restart",
+    measure_restart,
+    lengths=(32_768,),
+    views=(View(SERVED, "The same through the server, to the first token", RESTORED, READ, "s", plot=False),),
 )
