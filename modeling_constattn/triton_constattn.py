@@ -617,7 +617,7 @@ def chunked_forward(
         log_Z, mean, mean_end = _states(k, v, f, log_Z0, mean0, options)
         BV = _tile(V, 64)
         _outputs_kernel[(M * options["N"], triton.cdiv(V, BV))](
-            q, k, v, f, log_Z, mean, y, lse, **options, BV=BV, num_warps=4 if v.dtype == torch.bfloat16 else 8
+            q, k, v, f, log_Z, mean, y, lse, **options, BV=BV, num_warps=8
         )
     return y, lse, log_Z[:, -1].clone(), mean_end
 
@@ -652,7 +652,7 @@ def chunked_backward(
         G = mean.new_empty(M, N, K, V)
         _state_gradients_kernel[(M, triton.cdiv(K, BK), parts)](
             q, f, y, dy, lse, dlse, log_Z, mean0, mean_end, dlog_Z, dmean, h, G, dlog_Z0, dmean0,
-            M=M, **options, BV=BV, num_warps=4,
+            M=M, **options, BV=BV, num_warps=8,
         )  # fmt: skip
         _gradients_kernel[(M * N,)](
             q, k, v, f, y, dy, lse, dlse, log_Z, mean, h, G, dq, dk, dv, df,
