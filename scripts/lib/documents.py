@@ -313,25 +313,31 @@ READERS: dict[
 
 # From a place before a word, or at the begin of a line, on, no token reaches back. (Read from behind: the last one first.)
 CUT = re.compile(r"\S (?=\S)|\S(?=\n\S)")
+PIECE = 1 << 16  # characters to encode at a time
 
 
-def split_text(stream: TextIO, tokenizer: PreTrainedTokenizerBase, characters: int = 1 << 16) -> Iterator[str]:
+def split_text(stream: TextIO, tokenizer: PreTrainedTokenizerBase, characters: int = PIECE) -> Iterator[str]:
     """Pieces of a text of any length whose token ids, joined, are those of the whole text.
 
     Byte-level and most other fast tokenizers never join a word to the one before it, so a cut before the space of
     " word", or after a line break, changes nothing. Where a tokenizer does (tested here), the text stays whole.
     LONGEST_WORD characters without such a place, which no text in words has, are cut nevertheless.
     """
-    whole, *parts = text_ids(["one two\nthree", "one", " two\n", "three"], tokenizer)
-    if whole != list(itertools.chain(*parts)):
-        yield stream.read()
+    return _pieces(iter(lambda: stream.read(characters), ""), tokenizer, characters)
+
+
+def _pieces(parts: Iterator[str], tokenizer: PreTrainedTokenizerBase, characters: int) -> Iterator[str]:
+    """The same of a text that comes in parts, no cut between two of them but where there is no other."""
+    whole, *words = text_ids(["one two\nthree", "one", " two\n", "three"], tokenizer)
+    if whole != list(itertools.chain(*words)):
+        yield "".join(parts)
         return
     rest = ""
-    while more := stream.read(characters):
-        rest += more
-        found = CUT.search(rest[::-1])
-        cut = len(rest) - found.end() if found else len(rest) // LONGEST_WORD * LONGEST_WORD
-        if cut:
+    for part in parts:
+        rest += part
+        found = CUT.search(part[::-1]) if len(rest) >= characters else None
+        if found or len(rest) >= LONGEST_WORD:
+            cut = len(rest) - (found.end() if found else 0)
             yield rest[:cut]
             rest = rest[cut:]
     if rest:
@@ -545,8 +551,16 @@ def _encode_rendered(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> 
         return list(itertools.chain(*ids)), list(itertools.chain(*marks))
     named = [own.names.get(safe[piece], text[piece]) for piece in pieces]
     in_answer = b"".join(bytes([count]) * len(part) for part, count in zip(named, counts, strict=True))
-    encoding = own.backend.encode("".join(named))
-    return encoding.ids, [int(1 in in_answer[start:end]) for start, end in encoding.offsets]
+    tokens: list[int] = []
+    marked: list[int] = []
+    begin = 0
+    parts = (part[start : start + PIECE] for part in named for start in range(0, len(part), PIECE))
+    for text in _pieces(parts, tokenizer, PIECE):  # a token takes hundreds of bytes while it is being made
+        encoding = own.backend.encode(text)
+        tokens += encoding.ids
+        marked += [int(1 in in_answer[begin + start : begin + end]) for start, end in encoding.offsets]
+        begin += len(text)
+    return tokens, marked
 
 
 def marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:

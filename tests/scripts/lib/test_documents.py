@@ -7,6 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from datasets import Dataset
+from lib import documents
 from lib.documents import (
     encode_chat,
     encode_documents,
@@ -425,6 +426,37 @@ def test_what_counts_of_a_chat_are_the_answers(tokenizer: PreTrainedTokenizerBas
     answers = [token for token, count in zip(ids, counts, strict=True) if count]
     assert says(tokenizer, answers, (messages[1]["content"] + END) * 2)
     assert answers.count(tokenizer.eos_token_id) == 2
+
+
+@pytest.mark.parametrize("word", ["one two\n", "word"])
+def test_a_long_conversation_is_encoded_in_pieces(monkeypatch: pytest.MonkeyPatch, word: str):
+    tokenizer = byte_level()
+    tokenizer.chat_template = PLAIN
+    said = [f"{word * 40}{END} {START}x", "naïve answer " * 30]
+    messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
+    whole = encode_chat(messages, tokenizer)
+    pieces, made = documents._pieces, []
+    monkeypatch.setattr(documents, "PIECE", 16)
+    monkeypatch.setattr(
+        documents, "_pieces", lambda *arguments: (made.append(piece) or piece for piece in pieces(*arguments))
+    )
+    assert encode_chat(messages, tokenizer) == whole
+    assert len(made) > 10 and max(map(len, made)) < 300
+
+
+def test_a_cut_in_a_word_without_end_cuts_no_special_token(monkeypatch: pytest.MonkeyPatch):
+    tokenizer = byte_level()
+    tokenizer.chat_template = PLAIN
+    messages = [{"role": role, "content": "x" * 130} for role in ("user", "assistant") * 20]
+    whole, _ = encode_chat(messages, tokenizer)
+    monkeypatch.setattr(documents, "PIECE", 64)  # the names of special tokens are shorter
+    monkeypatch.setattr(documents, "LONGEST_WORD", 100)
+    ids, counts = encode_chat(messages, tokenizer)
+    assert tokenizer.decode(ids) == tokenizer.decode(whole)
+    assert [ids.count(token) for token in tokenizer.all_special_ids] == [
+        whole.count(token) for token in tokenizer.all_special_ids
+    ]
+    assert sum(counts) > 20
 
 
 def test_half_a_character_is_no_text():
