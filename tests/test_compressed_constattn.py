@@ -136,6 +136,20 @@ def test_float32_is_exact(kind, scale):
         assert float((own.double() - other).abs().max()) < 1e-5 * largest
 
 
+def test_views_are_as_good_as_tensors():
+    """[1,H,T,D] as a layer makes it of [1,T,H,D], whose strides gradients must not take over: a compiler relies on that."""
+    inputs = {name: x[:1] if name in PER_TOKEN else x for name, x in make_inputs(70, True).items()}
+    results = []
+    for make in (torch.Tensor.contiguous, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)):
+        views = inputs | {name: make(inputs[name]).detach().requires_grad_() for name in PER_TOKEN}
+        output, _ = compressed_attention(**views, **KINDS["kept and sinks"])
+        assert output.is_contiguous()
+        gradients = torch.autograd.grad(output.square().sum(), [views[name] for name in PER_TOKEN])
+        assert all(x.is_contiguous() for x in gradients)
+        results.append((output, *gradients))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+
+
 def test_values_of_any_size():
     """Beyond what float32 holds times the weights, which are usually not taken relative to their largest."""
     inputs = make_inputs(130, False, torch.float32, 4.0)
