@@ -2,7 +2,7 @@
 
     python3 scripts/gpu_check.py --seconds 480                 # on a machine with a GPU
     python3 scripts/gpu_check.py --rehearse                    # the same in the small, by Triton's interpreter on a CPU
-    python3 scripts/gpu_check.py --steps resources --output model_cards/reports/kernels   # registers and spills; needs no GPU
+    python3 scripts/gpu_check.py --steps environment resources --output model_cards/reports/kernels   # needs no GPU
 
 It needs a Python with PyTorch and Triton, and no network; what Transformers, pytest and flash-linear-attention are for is measured
 where they are. The steps, in this order: environment; exactness of the kernels against float64; their tests; the attention beside
@@ -25,6 +25,7 @@ from pathlib import Path
 from lib.gpu_steps import ROOT, STEPS, Check, Row, stand_in_for_what_is_missing
 
 PEERS = {"op": "SDPA, causal", "train": "Llama", "decode": "Llama"}
+WITHOUT_A_GPU = {"environment", "resources"}
 START_SECONDS = 20  # of a process, until it measures; also how long it may go on when its time is over
 
 
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
                 file.flush()
                 print(options.child, *(f"{name}: {value}" for name, value in row.items()), sep="  ", flush=True)
         return
-    if not (options.rehearse or options.steps == ["resources"] or torch.cuda.is_available()):
+    if not (options.rehearse or {*options.steps} <= WITHOUT_A_GPU or torch.cuda.is_available()):
         sys.exit("error: torch finds no CUDA device here; --rehearse runs all on a CPU, --steps resources needs none")
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / "results.jsonl"
@@ -114,10 +115,11 @@ def page_of(rows: list[Row], is_rehearsal: bool) -> str:
             return digits(value * 1e3)
         return f"{value:,}" if isinstance(value, int) else digits(value) if 1e-3 <= abs(value) < 1e6 else f"{value:.3g}"
 
-    blocks: list = [
-        "# The kernels on a GPU" if not is_rehearsal else "# A rehearsal on a CPU, whose numbers mean nothing"
-    ]
-    blocks.append("Made by `scripts/gpu_check.py`. Seconds are medians, in ms; peak_bytes are those of one call.")
+    blocks: list = ["# The GPU kernels" if not is_rehearsal else "# A rehearsal on a CPU, whose numbers mean nothing"]
+    blocks.append(
+        "Made by `scripts/gpu_check.py`. Seconds are medians, in ms; peak_bytes are those of one call; registers are spilled to "
+        "local_bytes."
+    )
     for step in dict.fromkeys(row["step"] for row in rows):
         blocks.append(f"## {step}")
         own = [row for row in rows if row["step"] == step]
