@@ -15,6 +15,7 @@ from .cache_constattn import (
 )
 from .compressed_constattn import CompressedState, compressed_attention, quadratic_compressed_attention
 from .configuration_constattn import ConstAttnConfig
+from .context_constattn import shard
 from .cpu_constattn import speed_up_cpu_inference
 from .modeling_constattn import (
     AUTO_CLASSES,
@@ -61,6 +62,7 @@ __all__ = [
     "row_lengths",
     "save_cache",
     "scan_attention",
+    "shard",
     "speed_up_cpu_inference",
     "split_cache",
     "stack_caches",

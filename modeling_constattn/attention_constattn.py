@@ -436,14 +436,39 @@ def _attend_step_fused(
 
 def _attend_totals(q: Tensor, k: Tensor, v: Tensor, state: ConstAttnState) -> tuple[Tensor, ConstAttnState]:
     """Not causal: every row reads the totals. O(T·K·V)."""
+    state = state.merge(_total(k.to(state.log_Z.dtype), v))
+    return _read(q, state), state
+
+
+def _total(k: Tensor, v: Tensor) -> ConstAttnState:
+    """The state of tokens with log weights k [B,H,T,K], in the log-space dtype, and values v [B,H,T,V]."""
     peak = _finite(k.detach().amax(2, keepdim=True))
-    weights = (k.to(state.log_Z.dtype) - peak).exp().to(v.dtype)  # exp(k − peak) ≤ 1 [B,H,T,K]
+    weights = (k - peak).exp().to(v.dtype)  # exp(k − peak) ≤ 1 [B,H,T,K]
     total = weights.sum(2)
     empty = total == 0
-    log_Z = (peak[:, :, 0] + total.masked_fill(empty, 1.0).to(state.log_Z.dtype).log()).masked_fill(empty, _NEG_INF)
-    mean = (weights / total.masked_fill(empty, 1.0)[:, :, None]).transpose(2, 3) @ v
-    state = state.merge(ConstAttnState(log_Z, mean))
-    return _read(q, state), state
+    log_Z = (peak[:, :, 0] + total.masked_fill(empty, 1.0).to(k.dtype).log()).masked_fill(empty, _NEG_INF)
+    return ConstAttnState(log_Z, (weights / total.masked_fill(empty, 1.0)[:, :, None]).transpose(2, 3) @ v)
+
+
+def state_of(
+    key: Tensor, value: Tensor, *, log_decay: Tensor | None = None, key_mask: Tensor | None = None
+) -> ConstAttnState:
+    """The state that `constant_attention` ends with, from an empty one: a total over the tokens, each as the rest of them
+    leaves it, so that nothing is read and no token waits for another. O(T·K·V). Arguments as there."""
+    (B, H, T, K), V, dtype = key.shape, value.shape[-1], _compute_dtype(value.dtype)
+    if T == 0:
+        return ConstAttnState.empty(B, H, K, V, dtype, key.device)
+    with torch.autocast("cpu" if key.is_meta else key.device.type, enabled=False):
+        k, v = key.to(_log_dtype(key.device)), value.to(dtype)
+        if key_mask is not None:
+            masked = ~key_mask[:, None, :, None]
+            k, v = k.masked_fill(masked, _NEG_INF), v.masked_fill(masked, 0.0)
+        if log_decay is not None:
+            f = log_decay.to(k.dtype)
+            f = f if key_mask is None else f.masked_fill(masked, 0.0)
+            rest = torch.nn.functional.pad(f[:, :, 1:], (0, 0, 0, 1))
+            k = k + rest.flip(2).cumsum(2).flip(2)
+        return _total(k, v)
 
 
 def _attend_later(

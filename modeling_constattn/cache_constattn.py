@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 )
 from transformers.utils import is_torchdynamo_compiling
 
-from .attention_constattn import ConstAttnState, constant_attention
+from .attention_constattn import ConstAttnState, state_of
 from .compressed_constattn import CompressedState, compressed_attention
 
 # Tokens that `crop` can take back; what is kept for it is at most twice as many tokens' keys and values.
@@ -231,13 +231,10 @@ class ConstAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def _replay(self, tokens: int) -> dict[str, Tensor]:
         """All of them but the count."""
         past = {name: torch.cat(tensors, -2)[..., :tokens, :] for name, tensors in self.past.items()}
-        # The state alone needs no causal pass: a total over the tokens, each as the rest of them leaves it.
         dtype = torch.promote_types(past["key"].dtype, torch.float32)
         key_mask = past["key_mask"]  # [B,T,1]
         log_decay = past["log_decay"].masked_fill(~key_mask[:, None], 0.0)
-        rest = log_decay.to(self.tensors["log_Z"].dtype).flip(2).cumsum(2).flip(2)[:, :, 1:]
-        key = past["key"].to(dtype) + nn.functional.pad(rest, (0, 0, 0, min(1, tokens))).to(dtype)
-        _, state = constant_attention(key, key, past["value"].to(dtype), key_mask=key_mask[..., 0], is_causal=False)
+        state = state_of(past["key"].to(dtype), past["value"].to(dtype), log_decay=log_decay, key_mask=key_mask[..., 0])
         if "mean" in self.base:
             state = ConstAttnState(self.base["log_Z"], self.base["mean"]).merge(state, log_decay)
         tensors = self.base | {"log_Z": state.log_Z, "mean": state.mean}

@@ -6,12 +6,14 @@ Values are given, and results passed on, as logarithms; what is around it, a mod
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_constattn import constant_attention, log_linear_recurrence
+from .attention_constattn import _log_sum_exp, constant_attention, log_linear_recurrence
 from .cache_constattn import cache_layer
 from .configuration_constattn import ConstAttnConfig
+from .context_constattn import Shards
 
 _MAX_LOG_VALUE = 80.0  # exp(±80) stays within float32
 
@@ -24,19 +26,28 @@ class HeinsenPositions(nn.Module):
         self.proj = nn.Linear(config.hidden_size, 2 * config.hidden_size)
 
     def forward(
-        self, x: Tensor, key_mask: Tensor | None, lag_limit: Tensor | None, past_key_values: Cache | None
+        self,
+        x: Tensor,
+        key_mask: Tensor | None,
+        lag_limit: Tensor | None,
+        past_key_values: Cache | None,
+        shards: Shards | None = None,
     ) -> Tensor:
         """[B,T,hidden] → [B,T,hidden]."""
         cache = cache_layer(past_key_values, 0)
         log_dtype = torch.float32 if x.device.type == "mps" else torch.float64
-        log_a, b = self.proj(x).to(log_dtype).chunk(2, -1)
-        log_a = F.logsigmoid(log_a)
-        if key_mask is not None:
-            log_a = log_a.masked_fill(~key_mask[..., None], 0.0)
-            b = b.masked_fill(~key_mask[..., None], float("-inf"))
+        projected = self.proj(x).to(log_dtype)
+        log_a, b = self._terms(projected, key_mask)
         initial = None if cache is None else cache.tensors.get("position")
         if initial is None:
             initial = torch.zeros_like(b[:, 0])
+        if shards is not None:
+            # computed anew in the backward pass, of what is kept anyway
+            total = checkpoint(
+                self._total, projected, key_mask, lag_limit, shards, use_reentrant=False, preserve_rng_state=False
+            )
+            initial = shards.log_sums_before(*total)
+            initial = initial.masked_fill(torch.full_like(initial, shards.rank == 0, dtype=torch.bool), 0.0)
         if lag_limit is None:
             positions = log_linear_recurrence(log_a, b, initial)
         else:  # each packed document starts anew at 0
@@ -58,6 +69,28 @@ class HeinsenPositions(nn.Module):
             if cache.record_past:
                 cache.record(position=positions)
         return x + positions.to(x.dtype)
+
+    @staticmethod
+    def _terms(projected: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        log_a, b = projected.chunk(2, -1)
+        log_a = F.logsigmoid(log_a)
+        if key_mask is not None:
+            log_a = log_a.masked_fill(~key_mask[..., None], 0.0)
+            b = b.masked_fill(~key_mask[..., None], float("-inf"))
+        return log_a, b
+
+    def _total(
+        self, projected: Tensor, key_mask: Tensor | None, lag_limit: Tensor | None, shards: Shards
+    ) -> tuple[Tensor, Tensor]:
+        """[B,hidden] each: the log-sum that this shard adds to the recurrence, and the log of what it leaves of it."""
+        log_a, b = self._terms(projected, key_mask)
+        starts = torch.zeros_like(b[..., :1], dtype=torch.bool) if lag_limit is None else (lag_limit == 0)[..., None]
+        rest = log_a.masked_fill(starts, float("-inf"))  # nothing of before a document's start is left
+        rest = F.pad(rest[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)
+        if shards.rank == 0:  # the row's first token follows a 0, as that of each document
+            starts = starts | (torch.arange(b.shape[1], device=b.device) == 0)[:, None]
+        b = torch.where(starts, torch.logaddexp(log_a, b), b)
+        return _log_sum_exp(b + rest, 1)[0], log_a.masked_fill(starts, float("-inf")).sum(1)
 
 
 class HeinsenBlock(GradientCheckpointingLayer):
@@ -81,6 +114,7 @@ class HeinsenBlock(GradientCheckpointingLayer):
         lag_limit: Tensor | None,
         frequencies: None,
         past_key_values: Cache | None = None,
+        shards: Shards | None = None,
         **kwargs,
     ) -> Tensor:
         B, T, _ = hidden_states.shape
@@ -95,6 +129,8 @@ class HeinsenBlock(GradientCheckpointingLayer):
             log_decay = torch.zeros_like(query[..., :1]).masked_fill((lag_limit == 0)[:, None, :, None], float("-inf"))
         value = log_value.clamp(-_MAX_LOG_VALUE, _MAX_LOG_VALUE).exp()
         state = None if cache is None else cache.state
+        if shards is not None:
+            state = shards.state_before(key, value, log_decay, key_mask)
         output, state = constant_attention(query, key, value, state, log_decay=log_decay, key_mask=key_mask)
         if cache is not None:
             cache.write("log_Z", state.log_Z)

@@ -43,7 +43,7 @@ from .cache_constattn import (
 )
 from .compressed_constattn import compressed_attention, compressed_step_
 from .configuration_constattn import ConstAttnConfig
-from .context_constattn import refuse_foreign_parallelism
+from .context_constattn import Shards, next_labels, refuse_foreign_parallelism, sum_over
 from .heinsen_constattn import HeinsenBlock, HeinsenPositions
 from .state_files_constattn import load_cache, save_cache  # noqa: F401  the file travels with a checkpoint's code
 
@@ -68,12 +68,18 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(sum(widths), kernel_size))
 
     def forward(
-        self, x: Tensor, key_mask: Tensor | None, lag_limit: Tensor | None, cache: ConstAttnCacheLayer | None
+        self,
+        x: Tensor,
+        key_mask: Tensor | None,
+        lag_limit: Tensor | None,
+        cache: ConstAttnCacheLayer | None,
+        shards: Shards | None = None,
     ) -> Tensor:
         """
         Args:
-            key_mask: [B,T], which tokens are real; a row is convolved as if it had no others, and what the others get is of no use.
+            key_mask: [B,T], which tokens are real; a row is convolved as if it had no others, and the others get 0.
             lag_limit: [B,T], how far back each token may look, where documents are packed.
+            shards: where x is one of several.
         """
         T, L = x.shape[1], self.weight.shape[1]
         past = None if cache is None else cache.tensors.get("conv")
@@ -82,7 +88,10 @@ class ShortConvolution(nn.Module):
                 f"past_key_values is of another model: its convolution inputs are {tuple(past.shape[1:])}, "
                 f"this model's {(L - 1, x.shape[2])}"
             )
-        before = x.new_zeros(x.shape[0], L - 1 - self.ahead, x.shape[2]) if past is None else past.to(x.dtype)
+        if shards is not None:
+            before = shards.last_before(x, L - 1, key_mask)
+        else:
+            before = x.new_zeros(x.shape[0], L - 1 - self.ahead, x.shape[2]) if past is None else past.to(x.dtype)
         if key_mask is not None:
             x = real_first(x, key_mask)
         x = torch.cat([before, x], 1)  # [B,L−1+T,D]
@@ -91,14 +100,17 @@ class ShortConvolution(nn.Module):
         if self.ahead:
             x = F.pad(x, (0, 0, 0, self.ahead))
         if T == 1 and lag_limit is None:  # a tenth of the time of a convolution
-            return (x * self.weight.t()).sum(1, keepdim=True)
+            y = (x * self.weight.t()).sum(1, keepdim=True)
+            return y if key_mask is None else y.masked_fill(~key_mask[..., None], 0.0)
         if lag_limit is None:
             # Tokens as the rows of an image of width 1, channels last, as they lie in memory: on a CPU a third of the time of
             # F.conv1d forwards, a sixth of it backwards (with squeeze, whose gradient is a view).
             image = x[:, :, None].permute(0, 3, 1, 2)  # [B,D,L−1+T,1]
             y = F.conv2d(image, self.weight[:, None, :, None], groups=x.shape[2]).squeeze(3).transpose(1, 2)
-            # each token's own place again
-            return y if key_mask is None else y.take_along_dim((key_mask.cumsum(1) - 1).clamp_min(0)[..., None], 1)
+            if key_mask is None:
+                return y
+            y = y.take_along_dim((key_mask.cumsum(1) - 1).clamp_min(0)[..., None], 1)  # each token's own place again
+            return y.masked_fill(~key_mask[..., None], 0.0)
         y = x[:, L - 1 :] * self.weight[:, L - 1]
         for lag in range(1, L):  # tap by tap: each token has its own limit
             tap = x[:, L - 1 - lag : L - 1 - lag + T].masked_fill((lag_limit < lag)[..., None], 0.0)
@@ -155,6 +167,7 @@ class ConstantAttention(nn.Module):
         key_mask: Tensor | None,
         lag_limit: Tensor | None,
         past_key_values: Cache | None,
+        shards: Shards | None = None,
     ) -> Tensor:
         """[B,T,hidden] → [B,T,hidden]. ``key_mask`` [B,T] bool; ``lag_limit`` [B,T], 0 at each packed document's start."""
         B, T, _ = hidden_states.shape
@@ -163,7 +176,7 @@ class ConstantAttention(nn.Module):
         if self.conv is not None:
             widths = (query.shape[-1], key.shape[-1], value.shape[-1])
             joint = torch.cat([query, key, value], -1)
-            query, key, value = self.conv(joint, key_mask, lag_limit, cache).split(widths, -1)
+            query, key, value = self.conv(joint, key_mask, lag_limit, cache, shards).split(widths, -1)
         query = query.view(B, T, -1, self.num_slots).transpose(1, 2)  # [B,H,T,K]
         key = key.view(B, T, -1, self.num_slots).transpose(1, 2)
         value = value.view(B, T, -1, self.head_dim).transpose(1, 2)  # [B,H,T,V]
@@ -174,6 +187,8 @@ class ConstantAttention(nn.Module):
             log_decay = log_decay.masked_fill((lag_limit == 0)[:, None, :, None], float("-inf"))
 
         state = None if cache is None else cache.state
+        if shards is not None:
+            state = shards.state_before(key, value, log_decay, key_mask)
         output, state = self.attend(query, key, value, state, log_decay, key_mask)
         if cache is not None:
             cache.write("log_Z", state.log_Z)
@@ -317,6 +332,7 @@ class CompressedAttention(nn.Module):
         lag_limit: Tensor | None,
         frequencies: Tensor | None,
         past_key_values: Cache | None,
+        shards: Shards | None = None,
     ) -> Tensor:
         """[B,T,hidden] → [B,T,hidden]. ``key_mask`` [B,T] bool; ``lag_limit`` [B,T], 0 at each packed document's start."""
         B, T, _ = hidden_states.shape
@@ -334,7 +350,7 @@ class CompressedAttention(nn.Module):
             tokens["slot_query"] = self.slot_q(tokens["query"])
             options |= zip(("slot_weight", "slot_bias", "log_decay"), self.slot_k(), strict=True)
         document_start = None if lag_limit is None else lag_limit == 0
-        output = self.attend(tokens, key_mask, document_start, options, cache)
+        output = self.attend(tokens, key_mask, document_start, options, cache, shards)
         return self.o_proj(output.transpose(1, 2).reshape(B, T, -1))
 
     def attend(
@@ -344,11 +360,15 @@ class CompressedAttention(nn.Module):
         document_start: Tensor | None,
         options: dict[str, Any],
         cache: CompressedCacheLayer | None,
+        shards: Shards | None = None,
     ) -> Tensor:
         """[B,heads,T,D] of `compressed_attention`; one token is written into the cache where it lies."""
         T = tokens["query"].shape[2]
         state = None if cache is None else cache.readable_state()
-        if cache is None or state is None or T != 1 or torch.is_grad_enabled() or document_start is not None:
+        if shards is not None:
+            state = shards.compressed_before(**tokens, key_mask=key_mask, document_start=document_start, **options)
+        in_place = cache is not None and state is not None and shards is None and document_start is None
+        if not in_place or T != 1 or torch.is_grad_enabled():
             output, state = compressed_attention(
                 **tokens,
                 state=state,
@@ -427,14 +447,15 @@ class ConstAttnBlock(GradientCheckpointingLayer):
         lag_limit: Tensor | None,
         frequencies: Tensor | None,
         past_key_values: Cache | None = None,
+        shards: Shards | None = None,
         **kwargs,
     ) -> Tensor:
         normed = self.input_layernorm(hidden_states)
         if self.mixer_type == "constant_attention":
-            mixed = self.mixer(normed, key_mask, lag_limit, past_key_values)
+            mixed = self.mixer(normed, key_mask, lag_limit, past_key_values, shards)
         else:
             mixer = self.self_attn if self.mixer_type == "compressed_attention" else self.mixer
-            mixed = mixer(normed, key_mask, lag_limit, frequencies, past_key_values)
+            mixed = mixer(normed, key_mask, lag_limit, frequencies, past_key_values, shards)
         hidden_states = hidden_states + mixed
         if self.mlp is not None:
             hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -485,6 +506,26 @@ class ConstAttnPreTrainedModel(PreTrainedModel):
             if mixer.num_induction_heads:
                 mixer.start_induction_heads()
 
+    def set_context_parallel(self, group: Any) -> None:
+        """From here on, each process of ``group`` gives the model its own part of the same rows, see `context_constattn`.
+
+        Args:
+            group: a `torch.distributed.ProcessGroup`, whose processes' parts follow one another in its order; None: no longer.
+
+        Raises:
+            ValueError: for a model that cannot read a row in parts.
+        """
+        base = self.base_model
+        if self is not base and not isinstance(self, ConstAttnForCausalLM):
+            raise ValueError(
+                f"{type(self).__name__} reads whole rows; several processes read one for ConstAttnForCausalLM"
+            )
+        if not self.config.is_causal:
+            raise ValueError(
+                "is_causal=False looks to both sides; several processes read one row for causal models alone"
+            )
+        base.context_group = group
+
     def save_pretrained(self, save_directory, **kwargs):
         """As in Transformers; config.json names the classes of every head, so that any of them loads as remote code."""
         self.config.auto_map = dict(AUTO_MAP)
@@ -513,6 +554,10 @@ def _check_cache(past_key_values: Cache, config: ConstAttnConfig, batch: int) ->
             )
         if layer.batch_size not in (-1, batch):
             raise ValueError(f"past_key_values holds {layer.batch_size} rows, the input {batch}")
+
+
+def _records(past_key_values: Cache) -> bool:
+    return any(getattr(layer, "record_past", False) for layer in past_key_values.layers)
 
 
 def _packed_position_ids(
@@ -581,6 +626,7 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
             rotary_frequencies(config)[0] if has_softmax else None
         )  # no tensor: a model's dtype is too coarse
         self.gradient_checkpointing = False
+        self.context_group = None  # see set_context_parallel
         self.post_init()
 
     @merge_with_config_defaults
@@ -632,13 +678,27 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
                 raise ValueError("packed documents (cu_seq_lens_q, seq_idx) take no attention_mask; leave it out")
             position_ids = _packed_position_ids(B, T, position_ids, **kwargs)
 
-        lag_limit = None
-        if attention_mask is None and position_ids is not None and T > 1:
+        lag_limit = shards = None
+        if self.context_group is not None:
+            if any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx")):
+                raise ValueError(
+                    "several processes know packed documents by position_ids; leave cu_seq_lens_q and seq_idx out"
+                )
+            if past_key_values is not None and (past_key_values.get_seq_length() or _records(past_key_values)):
+                raise ValueError(
+                    "past_key_values has read tokens, or records them; several processes read a row from its first token on"
+                )
+            own_mask = _key_mask(attention_mask, B, T, None)
+            shards = Shards(self.context_group, (B, T), own_mask, position_ids, inputs_embeds.device)
+            lag_limit = shards.lag_limit
+        elif attention_mask is None and position_ids is not None and T > 1:
             documents = find_packed_sequence_indices(position_ids)  # [B,T], which document; None for a single one
             if documents is not None:
                 time = torch.arange(T, device=documents.device).expand_as(documents)
                 is_start = torch.diff(documents, prepend=documents[:, :1]) > 0
-                start = torch.where(is_start, time, -T).cummax(1).values  # before the first start: the past may be seen
+                start = (
+                    torch.where(is_start, time, -(2**40)).cummax(1).values
+                )  # before the first start: the past may be seen
                 lag_limit = (time - start).expand(B, -1)
 
         if not self.config.is_causal:
@@ -660,11 +720,22 @@ class ConstAttnModel(ConstAttnPreTrainedModel):
 
         hidden_states = inputs_embeds
         if self.positions is not None:
-            hidden_states = self.positions(hidden_states, key_mask, lag_limit, past_key_values)
+            hidden_states = self.positions(hidden_states, key_mask, lag_limit, past_key_values, shards)
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states, key_mask, lag_limit, frequencies, past_key_values=past_key_values, **kwargs
+                hidden_states,
+                key_mask,
+                lag_limit,
+                frequencies,
+                past_key_values=past_key_values,
+                shards=shards,
+                **kwargs,
             )
+        if shards is not None and past_key_values is not None:
+            for cache in past_key_values.layers:
+                cache.advance(shards.offset)
+                if shards.is_padded:
+                    cache.write("behind", shards.padding + cache.tensors.get("behind", 0))
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
@@ -728,7 +799,9 @@ class ConstAttnForCausalLM(ConstAttnPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """
         Args:
-            labels: [B,T], the input ids themselves (they are shifted inside); −100 where no loss is wanted.
+            labels: [B,T], the input ids themselves (they are shifted inside); −100 where no loss is wanted. Where several processes
+                read one row (`set_context_parallel`), the loss is that of the whole row on each of them; with
+                `num_items_in_batch`, by which `Trainer` has it divided, the part of their own tokens.
             logits_to_keep: how many of the last tokens get logits; 0 for all.
 
         The others are those of `ConstAttnModel.forward`.
@@ -745,7 +818,14 @@ class ConstAttnForCausalLM(ConstAttnPreTrainedModel, GenerationMixin):
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
+            group = self.model.context_group
+            if group is not None and kwargs.get("shift_labels") is None:
+                kwargs["shift_labels"] = next_labels(labels, group)
+            whole = group is not None and kwargs.get("num_items_in_batch") is None
+            if whole:
+                kwargs["num_items_in_batch"] = sum_over(group, (kwargs["shift_labels"] != -100).sum())
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = sum_over(group, loss) if whole else loss
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -13,7 +13,7 @@ from modeling_constattn import (
     quadratic_attention,
     scan_attention,
 )
-from modeling_constattn.attention_constattn import _scan_chunks, log_linear_recurrence
+from modeling_constattn.attention_constattn import _scan_chunks, log_linear_recurrence, state_of
 
 OUTPUT_ERROR, GRADIENT_ERROR = 2e-6, 1e-5  # relative to the largest entry, of float32 against the float64 definition
 LENGTHS = (1, 2, 63, 64, 65, 257)
@@ -91,6 +91,23 @@ def check_against_definition(inputs: Inputs, is_causal=True, gradients=True, **k
         for grad, expected_grad in zip(grads, expected_grads, strict=True):
             assert grad.isfinite().all()
             assert (grad - expected_grad).abs().max() <= GRADIENT_ERROR * scale
+
+
+@pytest.mark.parametrize("decay", [None, "slot", "head", "strong", "documents"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_state_of_a_text_alone_is_where_the_causal_pass_ends(decay, masked):
+    inputs = make_inputs(65, decay=decay, masked=masked)
+    tensors = leaves(inputs, torch.float64)
+    state = state_of(*tensors[1:3], **options(inputs, tensors))
+    expected = constant_attention(*tensors[:3], **options(inputs, tensors))[1]
+    seen = expected.log_Z > -torch.inf
+    assert torch.equal(state.log_Z > -torch.inf, seen)
+    torch.testing.assert_close(state.log_Z, expected.log_Z, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(state.mean, expected.mean, rtol=1e-12, atol=1e-12)
+    of_values = [torch.autograd.grad((s.mean * tensors[2][:, :, 0, None]).sum() + s.log_Z[seen].sum(), tensors[1:3] + tensors[3:])
+                 for s in (state, expected)]  # fmt: skip
+    for grad, expected_grad in zip(*of_values, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-12)
 
 
 def definition_of_state(inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -137,7 +137,9 @@ class VariantAttention(ConstantAttention):
             nn.init.constant_(self.q_norm.weight, self.config.qk_norm)
             nn.init.constant_(self.k_norm.weight, self.config.qk_norm)
 
-    def forward(self, hidden_states, key_mask, lag_limit, past_key_values):
+    def forward(self, hidden_states, key_mask, lag_limit, past_key_values, shards=None):
+        if shards is not None:
+            raise ValueError("the mixers of a study read whole rows, each in one process")
         if self.config.mixer != "constant" and (key_mask is not None or lag_limit is not None):
             raise ValueError(f"mixer='{self.config.mixer}' reads rows without padding, of one document each")
         if self.config.mixer == "softmax" and past_key_values is not None:

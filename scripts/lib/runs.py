@@ -40,6 +40,9 @@ class Run:
     block_size: int = 1024  # tokens of one training sequence; for chats and classifiers the most, longer ones are cut
     state_block: int | None = None  # causal-lm: tokens read at a time, the state handed on: bounds the memory
     detach_state: bool = True  # … gradients end at the state, else they are those of the whole block_size
+    context_parallel: int | None = (
+        None  # causal-lm, chat: neighbouring processes of torchrun that read one row together
+    )
     mlm_probability: float = 0.3  # masked-lm: the share of tokens to hide
     whole_word_mask: bool = False  # masked-lm: hide all tokens of a word or none
 

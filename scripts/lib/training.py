@@ -34,6 +34,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lib.blocks import BlockTrainer
 from lib.checkpoints import WEIGHTS, check_vocabulary, has_weights, load_config, load_model, load_tokenizer
+from lib.context import ContextTrainer
 from lib.documents import load_documents, source_names, start_token_id
 from lib.runs import Run, check_keys, read_mapping, read_override
 from lib.staging import locked, staged
@@ -86,6 +87,8 @@ def train_there(run: Run, args: TrainingArguments) -> dict:
     trainer_class: Any = StrictTrainer
     if run.state_block is not None:
         trainer_class = functools.partial(BlockTrainer, state_block=run.state_block, detach_state=run.detach_state)
+    elif run.context_parallel is not None:
+        trainer_class = functools.partial(ContextTrainer, context_parallel=run.context_parallel)
     try:
         trainer = trainer_class(
             model=model,
@@ -205,6 +208,20 @@ def read_run(file: Path, overrides: list[str]) -> Run:
         ):  # one drops the state, one shifts labels again
             if run.training.get(name):
                 raise SystemExit(f"error: training.{name} does not go with state_block: leave one of them out")
+    if run.context_parallel is not None:
+        if run.task not in ("causal-lm", "chat"):
+            raise SystemExit(
+                f"error: context_parallel is for causal-lm and chat; task is {run.task}, which reads whole rows"
+            )
+        if run.context_parallel > run.block_size:
+            raise SystemExit(
+                f"error: context_parallel is {run.context_parallel}; block_size {run.block_size} has fewer tokens"
+            )
+        others = ("label_smoothing_factor", "deepspeed")  # one shifts labels again, one hands out rows by itself
+        if in_the_way := [name for name in ("state_block", "streaming") if getattr(run, name)] + [
+            f"training.{name}" for name in others if run.training.get(name)
+        ]:
+            raise SystemExit(f"error: {in_the_way[0]} does not go with context_parallel: leave one of them out")
     if run.eval_data is not None and run.eval_fraction is not None:
         raise SystemExit("error: eval_data and eval_fraction are both given; one of them says what is held out")
     if run.eval_fraction is not None and not 0 < run.eval_fraction < 1:

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,6 +36,41 @@ def summary(folder: Path) -> dict:
 
 
 # The result
+
+
+def test_four_processes_read_rows_in_pairs(trained: Path, run_file: Path, tmp_path: Path):
+    """Data parallel and context parallel at once, each batch half as many rows in a process: the same model as from one process."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "4",
+        "--master-port",
+        str(port),
+        ROOT / "scripts/train.py",
+    ]
+    overrides = ["context_parallel=2", "training.per_device_train_batch_size=2", "training.save_strategy=no"]
+    overrides += ["training.per_device_eval_batch_size=1"]  # of larger ones, Trainer weighs the last by repeating rows
+    command = [
+        sys.executable,
+        *launch,
+        run_file,
+        *overrides,
+        "training.use_cpu=true",
+        f"training.output_dir={tmp_path / 'out'}",
+    ]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result, expected = summary(tmp_path / "out"), summary(trained)
+    assert (result["steps"], result["tokens"]) == (expected["steps"], expected["tokens"])
+    assert result["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    assert result["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-3)
+    model, one = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "out", trained))
+    ids = torch.arange(50)[None]
+    torch.testing.assert_close(model(ids).logits, one(ids).logits, rtol=0, atol=0.02)
 
 
 def test_training_learns(trained: Path):
@@ -242,6 +278,16 @@ def copy_of(folder: Path, tmp_path: Path) -> Path:
         (["training.resume_from_checkpoint=true"], "holds no checkpoint-* folder"),
         (["training.resume_from_checkpoint=nowhere"], "no such checkpoint folder: 'nowhere'"),
         (["training.report_to=carrier_pigeon"], "carrier_pigeon"),
+        (["context_parallel=2"], "context_parallel is 2, and there are 1 processes"),
+        (["context_parallel=0"], "context_parallel is 0, and there are 1 processes"),
+        (["context_parallel=1"], "context_parallel is 1, and there is one process: leave it out"),
+        (["context_parallel=65"], "block_size 64 has fewer tokens"),
+        (["context_parallel=2", "state_block=8"], "state_block does not go with context_parallel"),
+        (["context_parallel=2", "training.deepspeed=a.json"], "training.deepspeed does not go with context_parallel"),
+        (
+            ["context_parallel=2", "task=sequence-classification"],
+            "task is sequence-classification, which reads whole rows",
+        ),
         (["lora={r: 4}"], "lora fine-tunes a checkpoint, and model '"),
         (["lora={r: 4}", "model=no/model", "training.fsdp=full_shard"], "leave fsdp and deepspeed out"),
         (["chat_template=chat.jinja"], "'chat_template' belongs to task chat, and task is causal-lm"),
