@@ -10,7 +10,8 @@ Softmax attention stays what it was over the last `sliding_window` tokens (256),
 those that received most attention, and the first `num_sinks` (4). All others are forgotten, which needs no training.
 `max_distance` is the length that SOURCE was trained for: as far as that, and no farther, a kept token seems to lie. With
 `num_slots` (0) the others depart into as many slots for each head of keys and values, which weigh next to nothing until they
-are trained. key=value sets any of the five.
+are trained (`train.py configuration/conversion/align.yaml`). key=value sets any of the five. With `--slots`, a
+slots.safetensors of such a training, of the same SOURCE, is put in: a few megabytes make SOURCE what it was trained to be.
 
 Before anything is written, SOURCE and the converted model read a text as long as the window, in float32, and the logits must
 be the same. OUTPUT, a new folder, gets weights under SOURCE's names and in its dtype, tokenizer, chat template, generation
@@ -19,40 +20,25 @@ config, the model's code and a card.
 
 import argparse
 import bisect
-import importlib.util
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from card import make_card
-from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
-from lib.checkpoints import load_model, load_tokenizer, reason
+from lib.checkpoints import reason
+from lib.conversion import is_of_slots
 from lib.runs import check_keys, read_override
+from lib.sources import load_source
 from lib.staging import locked, staged
-from transformers import AutoConfig, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from modeling_constattn import ConstAttnConfig, ConstAttnForCausalLM, cache_nbytes
 from modeling_constattn.modeling_constattn import CompressedAttention
 
-ARCHITECTURES = {  # model_type: what people call it
-    "llama": "Llama, SmolLM2",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "smollm3": "SmolLM3",
-}
-KNOWN = ", ".join(f"{model_type} ({name})" for model_type, name in ARCHITECTURES.items())
-ROPE_TYPES = (
-    "default",
-    "linear",
-    "dynamic",
-    "yarn",
-    "llama3",
-)  # angles of "longrope" differ between short and long texts
 WINDOW, SINKS = 256, 4  # where the source's own window, or num_kept_tokens, is not less
 SETTINGS = ("sliding_window", "num_kept_tokens", "num_sinks", "num_slots", "max_distance")
 KEPT = (
@@ -64,23 +50,17 @@ TEXT_LENGTH = 128  # tokens that both models read before anything is written
 TOLERANCE = 1e-4  # of the largest logit; float32 leaves a hundredth of it
 
 
-@dataclass
-class Source:
-    name: str  # Hub id, or what a folder or GGUF file calls itself, which has no "/"
-    model: Any
-    tokenizer: PreTrainedTokenizerBase | None
-    license: dict[str, str]  # as a model card's metadata has it
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder, Hub id or GGUF file")
     parser.add_argument("output", type=Path, help="a new folder")
     parser.add_argument("settings", nargs="*", metavar="key=value", help=", ".join(SETTINGS))
+    parser.add_argument("--slots", type=Path, help="slots.safetensors, which train.py writes for task align")
     options = parser.parse_args(arguments)
 
     settings = dict(read_override(override) for override in options.settings)
     check_keys(settings, dict.fromkeys(SETTINGS, int), [*SETTINGS], prefix="")
+    slots = load_slots(options.slots, settings) if options.slots else {}
     check_output(options.source, options.output)
     with locked(options.output):
         source = load_source(options.source)
@@ -90,6 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         source.model.to(torch.promote_types(dtype, torch.float32)).eval()
         model = build(fields, source.model)
         print(check_step_0(source.model, model, fields))
+        put_in(slots, model)
         model.to(dtype)
         model.generation_config = source.model.generation_config
         print(compare_caches(source.model.config, model))
@@ -100,135 +81,35 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{options.output}: {source.name}, {f'licence {license}' if license else 'whose licence was not found'}")
 
 
+def load_slots(file: Path, settings: dict[str, Any]) -> dict[str, Tensor]:
+    """Trained slots by their names in a model; how many they are goes into ``settings``."""
+    try:
+        slots = load_file(file)
+        found = next(weight.shape[1] for name, weight in slots.items() if name.endswith("slot_q.weight"))
+    except (OSError, SafetensorError, StopIteration, IndexError) as error:
+        raise SystemExit(f"error: '{file}' holds no slots that can be read: {reason(error)}") from error
+    if settings.setdefault("num_slots", found) != found:
+        raise SystemExit(f"error: num_slots is {settings['num_slots']}, and '{file}' holds {found}")
+    return slots
+
+
+def put_in(slots: dict[str, Tensor], model: ConstAttnForCausalLM) -> None:
+    own = {name: weight for name, weight in model.state_dict().items() if is_of_slots(name)}
+    if slots and {name: weight.shape for name, weight in slots.items()} != {
+        name: weight.shape for name, weight in own.items()
+    }:
+        raise SystemExit(
+            "error: the slots are those of a model of other layers, heads or features: nothing was written"
+        )
+    model.load_state_dict(slots, strict=False)
+
+
 def check_output(source: str, output: Path) -> None:
     path = Path(source).expanduser()
     if path.exists() and path.resolve() == output.resolve():
         raise SystemExit(f"error: output '{output}' is the source: name another folder")
     if output.exists() and (not output.is_dir() or any(file.name != ".lock" for file in output.iterdir())):
         raise SystemExit(f"error: output '{output}' exists and is not empty: delete it, or name another folder")
-
-
-# ----------------------------------------------------------------------------------------------------------------- the source
-
-
-def load_source(name: str) -> Source:
-    path = Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) > 1:
-            raise SystemExit(f"error: folder '{name}' holds {len(files)} GGUF files: name one, as '{files[0]}'")
-        if files:
-            path = files[0]
-    if path.suffix == ".gguf":
-        return load_gguf(name, path)
-    try:
-        adapter = find_adapter_config_file(str(path) if path.is_dir() else name)
-    except Exception:  # not reachable, not found: the model's own files are no better off, and say so
-        adapter = None
-    if adapter is not None:
-        return load_adapter(name, path)
-    check_config(name)
-    tokenizer = load_tokenizer(name) if not path.is_dir() or list(path.glob("*token*")) else None
-    if tokenizer is None:
-        print(f"'{name}' holds no tokenizer; it is converted without one", file=sys.stderr)
-    return Source(path.resolve().name if path.is_dir() else name, load_model(name, tokenizer), tokenizer, licence(name))
-
-
-def load_gguf(name: str, path: Path) -> Source:
-    if importlib.util.find_spec("gguf") is None:
-        raise SystemExit("error: a GGUF file needs gguf: pip install -e '.[gguf]'")
-    from gguf import GGUFReader
-
-    folder, own, metadata = str(path.parent), path.stem, {}
-    if path.is_file():
-        try:
-            reader = GGUFReader(path)
-        except Exception as error:  # cut off, not GGUF
-            raise SystemExit(f"error: '{path}' cannot be read as GGUF: {reason(error)}") from error
-        metadata = {key: field.contents() for key, field in reader.fields.items() if key.startswith("general.")}
-        scaling = next((field.contents() for key, field in reader.fields.items() if "rope.scaling.type" in key), "none")
-        if scaling != "none" or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
-            raise SystemExit(
-                f"error: '{path}' scales its rotary positions, which Transformers does not read of GGUF: convert the "
-                "original checkpoint"
-            )
-        own = str(metadata.get("general.name", own)).replace("/", "-")
-    elif name.count("/") == 2 and not name.startswith((".", "/", "~")):
-        own = folder  # namespace/name on the Hub
-    else:
-        raise SystemExit(f"error: no such file: '{name}'")
-    check_config(folder, gguf_file=path.name)
-    tokenizer = load_tokenizer(folder, gguf_file=path.name)
-    found = {"license": metadata["general.license"]} if "general.license" in metadata else licence(folder)
-    return Source(own, load_model(folder, tokenizer, gguf_file=path.name), tokenizer, found)
-
-
-def load_adapter(name: str, path: Path) -> Source:
-    """An adapter of PEFT's, merged into the model that it was trained for."""
-    try:
-        from peft import PeftConfig, PeftModel
-    except ImportError as error:
-        raise SystemExit(f"error: '{name}' is an adapter, which needs PEFT: pip install -e '.[peft]'") from error
-    where = str(path) if path.is_dir() else name
-    try:
-        base = PeftConfig.from_pretrained(where).base_model_name_or_path
-    except Exception as error:
-        raise SystemExit(f"error: the adapter '{name}' cannot be read: {reason(error)}") from error
-    if not base:
-        raise SystemExit(f"error: the adapter '{name}' does not say of which model (base_model_name_or_path)")
-    check_config(base)
-    has_tokenizer = path.is_dir() and list(path.glob("tokenizer*"))
-    tokenizer = load_tokenizer(where if has_tokenizer else base)
-    model = load_model(base, None)
-    try:
-        adapted = PeftModel.from_pretrained(model, where)
-        merged = adapted.merge_and_unload(safe_merge=True)
-    except Exception as error:  # of other shapes, or of a kind that cannot be merged, as prompts
-        raise SystemExit(
-            f"error: the adapter '{name}' cannot be merged into '{base}': {reason(error)}. Merge it yourself "
-            "(merge_and_unload), save the model and convert that"
-        ) from error
-    return Source(path.resolve().name if path.is_dir() else name, merged, tokenizer, licence(where) or licence(base))
-
-
-def check_config(name: str, **options: Any) -> None:
-    """Refuses what cannot be converted before its weights are read."""
-    try:
-        config = AutoConfig.from_pretrained(
-            Path(name).expanduser() if Path(name).expanduser().is_dir() else name, **options
-        )
-    except Exception as error:  # no such folder or id, not reachable, a model_type that Transformers does not know
-        raise SystemExit(
-            f"error: the configuration of '{name}' cannot be read: {reason(error)}\nwhat can be converted: {KNOWN}"
-        ) from error
-    if config.model_type not in ARCHITECTURES:
-        raise SystemExit(f"error: '{name}' is a model of type '{config.model_type}'; what can be converted: {KNOWN}")
-    if quantization := getattr(config, "quantization_config", None):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        raise SystemExit(
-            f"error: the weights of '{name}' are quantised ({getattr(method, 'value', method)}): convert the model that it was "
-            "made of; or load it, call model.dequantize(), save it and convert that"
-        )
-    rope_type = config.rope_parameters["rope_type"]
-    if rope_type not in ROPE_TYPES:
-        raise SystemExit(f"error: '{name}' has rope_type '{rope_type}'; known are {', '.join(ROPE_TYPES)}")
-    if config.hidden_act not in ("silu", "swish") or getattr(config, "mlp_bias", False):
-        raise SystemExit(
-            f"error: the MLP of '{name}' has hidden_act={config.hidden_act!r}, mlp_bias={getattr(config, 'mlp_bias', False)}; "
-            "what can be converted has 'silu' and no bias"
-        )
-
-
-def licence(name: str) -> dict[str, str]:
-    """What a model's own card says of its licence; nothing where there is no card, or none that can be read."""
-    path = Path(name).expanduser()
-    if path.is_dir() and not (path / "README.md").is_file():
-        return {}
-    try:
-        data = ModelCard.load(path / "README.md" if path.is_dir() else name).data.to_dict()
-    except Exception:
-        return {}
-    return {key: str(data[key]) for key in ("license", "license_name", "license_link") if data.get(key)}
 
 
 # -------------------------------------------------------------------------------------------------------- the converted model

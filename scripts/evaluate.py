@@ -7,6 +7,13 @@
 A document is scored whole, however long: it is read in chunks, and the model's cache carries what came before. So every
 token is predicted once and from all of its left context, the first one from the start-of-text token. Of a conversation
 the assistant's answers alone count, each with the token that ends it.
+
+    python scripts/evaluate.py runs/smollm2 heldout.jsonl --teacher SOURCE --positions 2048 --needles 1024 4096
+    python scripts/evaluate.py runs/smollm2 heldout.jsonl --stream 65536
+    python scripts/evaluate.py runs/smollm2 heldout.jsonl --teacher SOURCE --cost 1024 32768
+
+What a converted model is judged by, beside the model that it was converted from, on the same texts: loss by position, with the
+share of tokens where both would go on alike; facts found again by generation; loss along one stream; time and cache of a token.
 """
 
 import argparse
@@ -22,8 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lib import probes
 from lib.checkpoints import load_model, load_tokenizer
 from lib.documents import encode_chat, load_documents, marks_answers, source_names, start_token_id, token_ids
+from lib.probes import TEACHER
+from lib.sources import load_teacher
 from lib.staging import staged_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -41,11 +51,26 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--chat", action="store_true", help="the data are conversations, written by the chat template")
     parser.add_argument("--text-column", help="of JSON lines, parquet and Hub datasets (text; with --chat: messages)")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
+    parser.add_argument("--teacher", help="folder, Hub id or GGUF file of a model to compare with")
+    parser.add_argument("--positions", type=int, metavar="T", help="loss by position, over texts of T tokens")
+    parser.add_argument(
+        "--rows", type=int, default=32, help="texts for --positions, trials for --needles (%(default)s)"
+    )
+    parser.add_argument("--needles", type=int, nargs="+", metavar="T", help="facts hidden in T tokens, asked for")
+    parser.add_argument("--stream", type=int, metavar="T", help="loss along one text of T tokens, made of all texts")
+    parser.add_argument("--cost", type=int, nargs="+", metavar="T", help="one more token after T: time, bytes of cache")
     options = parser.parse_args(arguments)
+    asked = [name for name in ("positions", "needles", "stream", "cost") if getattr(options, name)]
+    if options.teacher and not asked:
+        parser.error("--teacher is compared in --positions, --needles, --stream or --cost: name one of them")
+    if asked and options.chat:
+        parser.error("--chat does not go with --" + asked[0])
 
     tokenizer = load_tokenizer(options.checkpoint)
     model = load_model(options.checkpoint, tokenizer).to("cuda" if torch.cuda.is_available() else "cpu").eval()
     speed_up_cpu_inference(model)
+    if asked:
+        return probe(options, model, tokenizer)
     metric = load_metric()
 
     if options.chat and not marks_answers(tokenizer):
@@ -94,6 +119,41 @@ def main(arguments: list[str] | None = None) -> dict:
             ", ".join(value) if isinstance(value, list) else f"{value:,.4f}" if isinstance(value, float) else str(value)
         )
         print(f"{name:<18} {text:>12}")
+    if options.output:
+        with staged_file(options.output) as file:
+            file.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    return result
+
+
+def probe(options: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """The tables of `lib.probes`."""
+    named = {"model": model}
+    if options.teacher:
+        named[TEACHER] = load_teacher(options.teacher, tokenizer).to(model.device).eval()
+        speed_up_cpu_inference(named[TEACHER])
+    tables: dict[str, list[dict]] = {}
+
+    def texts() -> Iterator[str]:
+        return (row["text"] for row in load_documents(options.data, options.text_column or "text") if row["text"])
+
+    if options.positions:
+        tables["positions"] = probes.by_position(named, texts(), tokenizer, options.positions, options.rows)
+    if options.needles:
+        tables["needles"] = probes.needles(named, texts(), tokenizer, options.needles, options.rows)
+    if options.stream:
+        tables["stream"] = probes.stream(named, texts(), tokenizer, options.stream)
+    if options.cost:
+        tables["cost"] = probes.cost(named, options.cost)
+    for name, rows in tables.items():
+        print(name)
+        for row in rows:
+            print(
+                ", ".join(
+                    f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}"
+                    for key, value in row.items()
+                )
+            )
+    result = {"checkpoint": options.checkpoint, "teacher": options.teacher, "data": source_names(options.data)} | tables
     if options.output:
         with staged_file(options.output) as file:
             file.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")

@@ -24,7 +24,8 @@ class Run:
     # text file, folder, .csv, .jsonl, .parquet, Hub dataset id, {path: …, name: …, split: …}, or a list
     data: str | dict | list
     training: dict = field(default_factory=dict)  # for TrainingArguments; output_dir is needed
-    task: str = "causal-lm"  # or "chat", "masked-lm" or "sequence-classification"
+    # or "align" and then "distil", for converted models, "chat", "masked-lm" or "sequence-classification"
+    task: str = "causal-lm"
     # for peft.LoraConfig, as {r: 8}: train these alone, on all linear layers unless it says other
     lora: dict | None = None
     # folder or Hub id; else the checkpoint's own, else a byte-level BPE is trained on data
@@ -43,6 +44,9 @@ class Run:
     context_parallel: int | None = (
         None  # causal-lm, chat: neighbouring processes of torchrun that read one row together
     )
+    # distil: folder or Hub id of the model to learn from; else `model` as it is, its layers reading all tokens
+    teacher: str | None = None
+    alpha: float = 0.9  # distil: the share of the teacher's predictions in the loss, the rest is the text's own
     mlm_probability: float = 0.3  # masked-lm: the share of tokens to hide
     whole_word_mask: bool = False  # masked-lm: hide all tokens of a word or none
 

@@ -290,6 +290,8 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 TASKS = {
     "causal-lm": Task(AutoModelForCausalLM, causal_lm, keys=("state_block", "detach_state"), lora_type="CAUSAL_LM"),
+    "align": Task(AutoModelForCausalLM, causal_lm, lora_type="CAUSAL_LM"),
+    "distil": Task(AutoModelForCausalLM, causal_lm, keys=("teacher", "alpha"), lora_type="CAUSAL_LM"),
     "chat": Task(AutoModelForCausalLM, chat, keys=("chat_template",), lora_type="CAUSAL_LM"),
     "masked-lm": Task(AutoModelForMaskedLM, masked_lm, keys=("mlm_probability", "whole_word_mask")),
     "sequence-classification": Task(

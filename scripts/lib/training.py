@@ -35,8 +35,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from lib.blocks import BlockTrainer
 from lib.checkpoints import WEIGHTS, check_vocabulary, has_weights, load_config, load_model, load_tokenizer
 from lib.context import ContextTrainer
+from lib.conversion import SLOT_MODULES, AlignTrainer, DistilTrainer, layers_with_slots, read_in_full, start_slots
 from lib.documents import load_documents, source_names, start_token_id
 from lib.runs import Run, check_keys, read_mapping, read_override
+from lib.sources import load_teacher
 from lib.staging import locked, staged
 from lib.tasks import TASKS
 from lib.trainer import StrictTrainer
@@ -79,18 +81,15 @@ def train_there(run: Run, args: TrainingArguments) -> dict:
     model = build_model(run, tokenizer, trained_here, data.labels)
     parameters = model.num_parameters()
     say(f"model: {parameters:,} parameters, {type(model).__name__}, training on {args.device}")
+    if run.task == "align" and checkpoint is None:
+        start_slots(model, (data.collate([row])["input_ids"] for row in data.rows))
     if run.lora is not None:
         model = add_lora(model, run.lora, TASKS[run.task].lora_type)
         say(f"LoRA: {model.num_parameters(only_trainable=True):,} parameters")
 
     throughput = Throughput()
-    trainer_class: Any = StrictTrainer
-    if run.state_block is not None:
-        trainer_class = functools.partial(BlockTrainer, state_block=run.state_block, detach_state=run.detach_state)
-    elif run.context_parallel is not None:
-        trainer_class = functools.partial(ContextTrainer, context_parallel=run.context_parallel)
     try:
-        trainer = trainer_class(
+        trainer = choose_trainer(run, tokenizer)(
             model=model,
             args=args,
             train_dataset=data.rows,
@@ -189,6 +188,14 @@ def read_run(file: Path, overrides: list[str]) -> Run:
             raise SystemExit(f"error: '{key}' belongs to task {task}, and task is {run.task}")
     if not run.training.get("output_dir"):
         raise SystemExit("error: training.output_dir is not given; it names the folder for the result")
+    if run.task in ("align", "distil") and is_from_scratch(run):
+        raise SystemExit(
+            f"error: task {run.task} trains a model that convert.py made, and model '{run.model}' has no weights"
+        )
+    if run.task == "align" and run.lora is not None:
+        raise SystemExit("error: task align trains the slots alone: leave lora out")
+    if not 0 <= run.alpha <= 1:
+        raise SystemExit(f"error: alpha is {run.alpha}; it is a share from 0 to 1")
     if run.lora is not None and is_from_scratch(run):
         raise SystemExit(f"error: lora fine-tunes a checkpoint, and model '{run.model}' has no weights")
     if run.lora is not None and (run.training.get("fsdp") or run.training.get("deepspeed")):
@@ -386,6 +393,22 @@ def train_tokenizer(documents: Any, vocab_size: int, with_mask: bool = False) ->
 # Model
 
 
+def choose_trainer(run: Run, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The Trainer class of a task, with what it needs beside the model."""
+    if run.state_block is not None:
+        return functools.partial(BlockTrainer, state_block=run.state_block, detach_state=run.detach_state)
+    if run.context_parallel is not None:
+        return functools.partial(ContextTrainer, context_parallel=run.context_parallel)
+    if run.task == "align":
+        return AlignTrainer
+    if run.task == "distil":
+        teacher = load_teacher(run.teacher or run.model, tokenizer)
+        if run.teacher is None:
+            read_in_full(teacher)
+        return functools.partial(DistilTrainer, teacher=teacher, alpha=run.alpha)
+    return StrictTrainer
+
+
 def is_from_scratch(run: Run) -> bool:
     folder = Path(run.model).expanduser()
     return folder.is_dir() and not has_weights(folder)
@@ -425,7 +448,8 @@ def add_lora(model: Any, settings: dict, task_type: str | None) -> Any:
     except ImportError as error:
         raise SystemExit("error: lora needs PEFT: pip install -e '.[peft]'") from error
     try:
-        config = LoraConfig(**({"target_modules": "all-linear", "task_type": task_type} | settings))
+        slots = {"modules_to_save": SLOT_MODULES} if layers_with_slots(model) else {}
+        config = LoraConfig(**({"target_modules": "all-linear", "task_type": task_type} | slots | settings))
         return get_peft_model(model, config)
     except (TypeError, ValueError) as error:  # an unknown setting, a module that is not there
         raise SystemExit(f"error: lora: {error}") from error

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="the plots need matplotlib: pip install -e '.[report]'")
 
 import benchmark
+import compare_conversions
 import compare_masked
 import compare_prefixes
 import study
@@ -43,6 +44,10 @@ def state_page():
     return compare_prefixes.page(json.loads((REPORTS / "state/prefixes.json").read_text()))
 
 
+def conversion_page():
+    return compare_conversions.page(json.loads((REPORTS / "conversion/results.json").read_text()))
+
+
 @pytest.mark.parametrize(
     ("make", "file"),
     [
@@ -51,6 +56,7 @@ def state_page():
         (quality_page, "quality/README.md"),
         (masked_page, "masked/README.md"),
         (state_page, "state/README.md"),
+        (conversion_page, "conversion/README.md"),
     ],
     ids=lambda it: it if isinstance(it, str) else "",
 )

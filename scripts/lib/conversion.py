@@ -1,0 +1,221 @@
+"""What a converted model learns: to read of its slots what full attention reads of the tokens that have departed.
+
+    AlignTrainer(model=…)                    each layer by itself, against full attention of the same weights
+    DistilTrainer(model=…, teacher=…)        the whole model, against the logits of one with full attention
+
+A converted model's teacher is its source; where that is not at hand, the model itself before training: its layers, reading in full,
+are the source's.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lib.trainer import StrictTrainer
+from modeling_constattn.compressed_constattn import compressed_attention, rotate
+from modeling_constattn.modeling_constattn import CompressedAttention
+
+SLOT_MODULES = ["slot_q", "slot_k"]  # of a layer
+LEAST_WINDOW = 1 / 8  # of the model's window, the narrowest one that is drawn
+FIRST_TEXTS = 2  # blocks whose keys the slots begin at
+LLOYD_STEPS = 8
+
+
+def layers_with_slots(model: nn.Module) -> list[CompressedAttention]:
+    return [
+        module for module in model.modules() if isinstance(module, CompressedAttention) and module.slot_q is not None
+    ]
+
+
+def is_of_slots(name: str) -> bool:
+    """Whether a model's weight of this name belongs to its slots."""
+    return not set(name.split(".")).isdisjoint(SLOT_MODULES)
+
+
+def full_attention(tokens: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
+    """[B,heads,T,D]: what a layer of the source reads, which sees every token before."""
+    query, key, value = tokens["query"], tokens["key"], tokens["value"]
+    if (frequencies := options.get("frequencies")) is not None:
+        position = torch.arange(query.shape[2], device=query.device)
+        query, key = rotate(query, position, frequencies), rotate(key, position, frequencies)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=options["scaling"], enable_gqa=True)
+
+
+def read_in_full(model: nn.Module) -> None:
+    """Lets every layer of a converted model read as its source does. For whole texts without cache, padding and packing."""
+    for layer in model.modules():
+        if isinstance(layer, CompressedAttention):
+            layer.attend = lambda tokens, key_mask, start, options, cache: full_attention(tokens, options)  # type: ignore
+
+
+@torch.no_grad()
+def start_slots(model: Any, blocks: Iterable[Tensor]) -> None:
+    """Gives new slots a start from the keys of some text: each slot is for the keys around one centre.
+
+    A token's slot key is its score with the centre, as far as that outlasts the distance (rotary positions turn the rest in all
+    directions); so is a query's. A bias for each head lets the slots weigh as much, in the middle, as full attention gives
+    to the tokens that have left the window.
+    """
+    layers, texts = layers_with_slots(model), []
+    if not layers:
+        raise SystemExit(
+            "error: the model has no slots to train: convert its source again, with num_slots=64 for example"
+        )
+    if any(layer.slot_q.weight.any() for layer in layers):  # trained before
+        return
+
+    for layer in layers:
+
+        def collect(tokens: Any, key_mask: Any, start: Any, options: Any, cache: Any) -> Tensor:
+            texts.append((tokens, options))
+            return full_attention(tokens, options)
+
+        layer.attend = collect  # type: ignore
+    for block, _ in zip(blocks, range(FIRST_TEXTS), strict=False):
+        model(block, logits_to_keep=1, use_cache=False)
+    for layer in layers:
+        del layer.attend
+    for number, layer in enumerate(layers):
+        start_layer(layer, model.config.num_sinks, texts[number :: len(layers)])
+
+
+def start_layer(layer: CompressedAttention, sinks: int, texts: list[tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
+    """`start_slots` of one layer: ``texts`` are tokens [1,·,T,D] and options of its attention."""
+    slot_q, slot_k = layer.slot_q, layer.slot_k
+    (H, K, D), G = slot_k.weight.shape, len(slot_q.weight) // len(slot_k.weight)
+    tokens, options = texts[0]
+    query, key, scaling = tokens["query"][0], tokens["key"][0], options["scaling"]
+    T, W = key.shape[1], layer.options["sliding_window"]
+    if W + sinks + K > T:
+        raise SystemExit(
+            f"error: block_size is {T}; with a window of {W} tokens and {K} slots it should be twice as long at least"
+        )
+    keys = torch.cat([text["key"][0, :, sinks:] for text, _ in texts], 1)
+    generator = torch.Generator().manual_seed(layer.layer_idx)
+    centre = torch.stack([centres(head, K, generator) for head in keys])  # [H,K,D]
+    outlasts = torch.ones(D, dtype=key.dtype, device=key.device)
+    if (frequencies := options.get("frequencies")) is not None:
+        distance = torch.arange(W, T, device=key.device, dtype=frequencies.dtype)
+        mean = (distance[:, None] * frequencies).cos().mean(0).clamp(min=0.0).to(key.dtype)  # [F]
+        outlasts[: 2 * len(mean)] = mean.repeat(2)
+    slot_q.weight.copy_((scaling * outlasts * centre).repeat_interleave(G, 0))
+    slot_k.weight.copy_(scaling * centre)
+    slot_k.bias.copy_(scaling * centre.square().sum(-1) / -2)
+    slot_k.decay.zero_()
+
+    time = torch.arange(W + sinks, T, max(1, (T - W) // 32), device=key.device)  # of a few queries
+    q, k = query, key
+    if frequencies is not None:
+        position = torch.arange(T, device=key.device)
+        q, k = rotate(q, position, frequencies), rotate(k, position, frequencies)
+    departed = torch.arange(sinks, T, device=key.device) <= time[:, None] - W  # [n,T−sinks]
+    scores = scaling * q[:, time].unflatten(0, (H, G)) @ k[:, None, sinks:].transpose(2, 3)  # [H,G,n,T−sinks]
+    wanted = scores.masked_fill(~departed, -math.inf).logsumexp(-1)  # [H,G,n]
+    written = key[:, sinks:] @ slot_k.weight.transpose(1, 2) + slot_k.bias[:, None]  # [H,T−sinks,K]
+    log_Z = written[:, None].masked_fill(~departed[..., None], -math.inf).logsumexp(2)  # [H,n,K]
+    reads = (query[:, time] @ slot_q.weight.transpose(1, 2)).unflatten(0, (H, G)) + log_Z[:, None]
+    slot_q.bias.copy_((wanted - reads.logsumexp(-1)).mean(-1).flatten()[:, None].expand_as(slot_q.bias))
+
+
+def centres(x: Tensor, K: int, generator: torch.Generator) -> Tensor:
+    """K centres of the rows of x [N,D], by Lloyd's algorithm."""
+    centre = x[torch.randperm(len(x), generator=generator)[:K].to(x.device)]
+    for _ in range(LLOYD_STEPS):
+        members = F.one_hot(torch.cdist(x, centre).argmin(1), K).to(x.dtype)  # [N,K]
+        count = members.sum(0)[:, None]
+        centre = torch.where(count > 0, members.T @ x / count.clamp(min=1), centre)
+    return centre
+
+
+class AlignTrainer(StrictTrainer):
+    """Trains the slots alone: each layer reads the teacher's tokens, and should give the output that full attention gives.
+
+    The loss is the square of the difference, after the layer's output projection, relative to that output; a mean over tokens and
+    layers. In training, windows and kept tokens are drawn anew for each batch, from few to as many as the model has, so that
+    slots learn to carry any part of the past; in evaluation they are the model's. Checkpoints hold the slots alone;
+    so does slots.safetensors, beside the model in the end.
+    """
+
+    def __init__(self, *arguments: Any, model: nn.Module, **options: Any):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_of_slots(name))
+        super().__init__(*arguments, model=model, **options)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch
+        self.losses: list[Tensor] = []
+        self.exact: dict[str, int] = {}
+        for layer in layers_with_slots(self.model):
+            layer.attend = lambda *tokens, layer=layer: self.compare(layer, *tokens)  # type: ignore
+
+    def compare(
+        self, layer: CompressedAttention, tokens: Any, key_mask: Any, start: Any, options: Any, cache: Any
+    ) -> Tensor:
+        """Full attention, which the next layer then reads; and what this layer lacks of it."""
+        with torch.no_grad():
+            wanted = full_attention(tokens, options)
+        found, _ = compressed_attention(**tokens, **(options | self.exact))
+        weight = layer.o_proj.weight  # [hidden,heads·D]
+        difference, size = (F.linear(x.transpose(1, 2).flatten(2), weight) for x in (found - wanted, wanted))
+        self.losses.append((difference.square().sum(-1) / size.square().sum(-1)).mean())
+        return wanted
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **options: Any) -> Any:
+        config = self.model.config
+        self.losses, self.exact = [], {}
+        if model.training:
+            window, kept = torch.rand(2, dtype=torch.float64).tolist()
+            self.exact["sliding_window"] = max(1, round(config.sliding_window * LEAST_WINDOW**window))
+            places = config.num_kept_tokens - config.num_sinks
+            self.exact["num_kept_tokens"] = config.num_sinks + round(kept * places)
+        outputs = model(input_ids=inputs["input_ids"], logits_to_keep=1)
+        loss = torch.stack(self.losses).mean()
+        return (loss, {"logits": outputs.logits}) if return_outputs else loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self.is_checkpoint = _internal_call
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.is_checkpoint:
+            weights = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: weight for name, weight in weights.items() if is_of_slots(name)}
+        super()._save(output_dir, state_dict)
+        if not self.is_checkpoint:
+            slots = {name: weight for name, weight in self.model.state_dict().items() if is_of_slots(name)}
+            save_file(slots, Path(output_dir or str(self.args.output_dir)) / "slots.safetensors", {"format": "pt"})
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if is_of_slots(name)]
+        super()._issue_warnings_after_load(load_result)
+
+
+class DistilTrainer(StrictTrainer):
+    """Trains the whole model to predict what the teacher predicts.
+
+    The loss is α · KL(teacher ‖ model) + (1 − α) · cross entropy of the text, both in nats per token; in evaluation it is the
+    cross entropy.
+    """
+
+    def __init__(self, *arguments: Any, teacher: nn.Module, alpha: float, **options: Any):
+        super().__init__(*arguments, **options)
+        self.model_accepts_loss_kwargs = False
+        self.teacher, self.alpha = teacher.to(self.args.device).eval().requires_grad_(False), alpha
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **options: Any) -> Any:
+        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
+        logits, labels = outputs.logits[:, :-1].float(), inputs["labels"][:, 1:]
+        log_p = logits.log_softmax(-1)
+        loss = F.nll_loss(log_p.flatten(0, 1), labels.flatten())
+        if model.training:
+            with torch.no_grad():
+                wanted = (
+                    self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1].float().log_softmax(-1)
+                )
+            divergence = F.kl_div(log_p, wanted, reduction="sum", log_target=True) / labels.numel()
+            loss = self.alpha * divergence + (1 - self.alpha) * loss
+        return (loss, outputs) if return_outputs else loss
