@@ -187,7 +187,9 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _finite(log_Z: Tensor) -> Tensor:
-    """log_Z with the lowest number for −inf: safe to subtract, since whatever it is subtracted from is −inf there too."""
+    """log_Z with a number for −inf: safe to subtract, since whatever it is subtracted from is −inf there too."""
+    if _is_exporting_to_onnx():  # which writes the lowest number of float64 as one of float32: as −inf
+        return log_Z.masked_fill(log_Z == _NEG_INF, 0.0)
     return log_Z.clamp_min(torch.finfo(log_Z.dtype).min)
 
 
@@ -512,8 +514,12 @@ def _needs_plain_form() -> bool:
     return (
         torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
-        or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())  # the latter alone takes 3 µs
+        or _is_exporting_to_onnx()
     )
+
+
+def _is_exporting_to_onnx() -> bool:
+    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()  # the latter alone takes 3 µs
 
 
 def _attend_plain(
