@@ -15,23 +15,32 @@ after these tokens as `present.…`, of the same size whatever the length. A tex
     for token in tokens:
         logits, *present = decode.run(None, {"input_ids": numpy.array([[token]]), **state})
         state = dict(zip(names, present))
+
+Before they are kept, decode.onnx reads some tokens in ONNX Runtime on the CPU, and the logits must be PyTorch's; what a token takes
+in both is printed, and written to export.json beside them.
 """
 
 import argparse
 import contextlib
+import json
+import statistics
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from lib.checkpoints import load_model, load_tokenizer
 from lib.staging import staged
+from lib.timing import Bench, Call, take_turns, timed
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from modeling_constattn import ConstAttnConfig
 
 GRAPHS = {"prefill": 40, "decode": 1}  # tokens of the example that it is made by
+CHECKED = 20  # tokens that both read
+TOLERANCE = 1e-4  # of the largest logit; float32 leaves a hundredth of it
 
 
 class Step(nn.Module):
@@ -82,12 +91,50 @@ def export_onnx(model: Any, tokens: int) -> Any:
         )
 
 
+def compare(model: Any, file: Path) -> dict:
+    """What one token takes in ONNX Runtime and in PyTorch (eager, state given and taken alike), and how far the logits differ."""
+    import onnxruntime
+
+    step, session = Step(model).eval(), onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    past = [f"past.{name}" for name in step.names]
+    state = step.empty(1)
+    fed = dict(zip(past, (tensor.numpy() for tensor in state), strict=True))
+    tokens = torch.randint(model.config.vocab_size, (CHECKED, 1, 1), generator=torch.Generator().manual_seed(0))
+    difference = largest = 0.0
+    with torch.no_grad():
+        for token in tokens:
+            logits, state = step(token, state)
+            found, *present = session.run(None, {"input_ids": token.numpy(), **fed})
+            fed = dict(zip(past, present, strict=True))
+            difference = max(difference, (torch.from_numpy(found) - logits).abs().max().item())
+            largest = max(largest, logits.abs().max().item())
+        if not difference <= TOLERANCE * largest:
+            raise SystemExit(
+                f"error: the graph is not the model: max |Δ logit| {difference:.1e}, the largest logit being {largest:.3g}"
+            )
+        calls: dict[str, Call] = {
+            "ONNX Runtime": lambda: session.run(None, {"input_ids": tokens[0].numpy(), **fed}),
+            "PyTorch": lambda: step(tokens[0], state),
+        }
+        bench = Bench(device="cpu", rounds=15)
+        runs = take_turns(bench, calls, {name: timed(call, "cpu") for name, call in calls.items()})
+    seconds = {name: statistics.median(times) for name, times in runs.items()}
+    versions = {name: version(name) for name in ("torch", "onnxruntime")}
+    return {
+        "parameters": model.num_parameters(),
+        "max_logit_difference": difference,
+        "seconds": seconds,
+        "versions": versions,
+    }
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder or Hub id")
     parser.add_argument("output", type=Path, help="folder for the graphs")
     options = parser.parse_args(arguments)
     try:
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise SystemExit("error: export.py needs ONNX: pip install -e '.[onnx]' -c constraints.txt") from error
@@ -104,9 +151,13 @@ def main(arguments: list[str] | None = None) -> None:
         for name, tokens in GRAPHS.items():
             with contextlib.redirect_stdout(None):
                 export_onnx(model, tokens).save(str(folder / f"{name}.onnx"))
+        found = compare(model, folder / "decode.onnx")
+        (folder / "export.json").write_text(json.dumps(found, indent=2) + "\n")
         tokenizer.save_pretrained(folder)
+    seconds = ", ".join(f"{1000 * value:.3g} ms in {name}" for name, value in found["seconds"].items())
     print(
-        f"{', '.join(f'{name}.onnx' for name in GRAPHS)} of {model.num_parameters():,} parameters in {options.output}"
+        f"{', '.join(f'{name}.onnx' for name in GRAPHS)} of {found['parameters']:,} parameters in {options.output}: a token takes "
+        f"{seconds}; the logits differ by {found['max_logit_difference']:.1e} at most"
     )
 
 

@@ -698,6 +698,11 @@ def test_generate_needs_a_token_that_the_cache_has_not_read(model, ids, tokens):
         model.generate(ids[:, :tokens], past_key_values=cache, attention_mask=torch.ones(2, tokens), **GREEDY)
 
 
+def test_generate_needs_a_token_to_go_on_from(model, ids):
+    with pytest.raises(ValueError, match=r"input_ids are \[2, 0\]: generate\(\) needs one token at least"):
+        model.prepare_inputs_for_generation(ids[:, :0], next_sequence_length=0)
+
+
 def test_the_row_of_a_padding_token_learns_as_any_other(ids):
     """It may be the end token, which a model that is to stop has to read and to say."""
     model = make_model("default", pad_token_id=7, eos_token_id=7, tie_word_embeddings=False)

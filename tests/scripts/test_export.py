@@ -1,3 +1,5 @@
+import copy
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +28,7 @@ def exported(request: pytest.FixtureRequest, trained: Path, tmp_path_factory: py
     export.main([str(folder / "model"), str(folder / "onnx")])
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     graphs = {name: onnxruntime.InferenceSession(folder / "onnx" / f"{name}.onnx") for name in export.GRAPHS}
-    return SimpleNamespace(model=model, step=export.Step(model), graphs=graphs)
+    return SimpleNamespace(model=model, step=export.Step(model), graphs=graphs, folder=folder / "onnx")
 
 
 def empty_state(graph: Any, rows: int) -> dict[str, numpy.ndarray]:
@@ -63,6 +65,21 @@ def test_a_prefill_then_steps_equal_the_model(exported: Any, rows: int, length: 
         close(exported, got, whole[:, begin : begin + size], expected)
         close(exported, got, logits, expected)
         state, begin = got[1], begin + size
+
+
+def test_what_was_compared_is_told(exported: Any):
+    found = json.loads((exported.folder / "export.json").read_text())
+    assert 0 <= found["max_logit_difference"] < 1e-4
+    assert found["seconds"].keys() == {"ONNX Runtime", "PyTorch"}
+    assert all(value > 0 for value in found["seconds"].values())
+
+
+def test_a_graph_that_is_not_the_model_is_refused(exported: Any):
+    other = copy.deepcopy(exported.model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.01)
+    with pytest.raises(SystemExit, match="the graph is not the model"):
+        export.compare(other, exported.folder / "decode.onnx")
 
 
 def test_other_layers_are_refused_in_words(trained: Path, tmp_path: Path):
