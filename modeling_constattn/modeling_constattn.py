@@ -762,7 +762,9 @@ class ConstAttnForCausalLM(ConstAttnPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
         """As in Transformers, where a cache that has read the whole text leaves no new token, or all of them once more."""
         if input_ids is not None and input_ids.shape[1] == 0 and inputs_embeds is None:
-            raise ValueError(f"input_ids are {list(input_ids.shape)}: generate() needs one token at least to go on from")
+            raise ValueError(
+                f"input_ids are {list(input_ids.shape)}: generate() needs one token at least to go on from"
+            )
         if next_sequence_length is not None and next_sequence_length < 1:
             raise ValueError("past_key_values has read the whole text; generate() needs a token after it, one at least")
         # `generate` takes embeddings where it finds this argument

@@ -51,7 +51,7 @@ def read_in_full(model: nn.Module) -> None:
     """Lets every layer of a converted model read as its source does. For whole texts without cache, padding and packing."""
     for layer in model.modules():
         if isinstance(layer, CompressedAttention):
-            layer.attend = lambda tokens, key_mask, start, options, cache: full_attention(tokens, options)  # type: ignore
+            layer.attend = lambda tokens, key_mask, start, options, *others: full_attention(tokens, options)  # type: ignore
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def start_slots(model: Any, blocks: Iterable[Tensor]) -> None:
 
     for layer in layers:
 
-        def collect(tokens: Any, key_mask: Any, start: Any, options: Any, cache: Any) -> Tensor:
+        def collect(tokens: Any, key_mask: Any, start: Any, options: Any, *others: Any) -> Tensor:
             texts.append((tokens, options))
             return full_attention(tokens, options)
 
@@ -150,10 +150,10 @@ class AlignTrainer(StrictTrainer):
         self.losses: list[Tensor] = []
         self.exact: dict[str, int] = {}
         for layer in layers_with_slots(self.model):
-            layer.attend = lambda *tokens, layer=layer: self.compare(layer, *tokens)  # type: ignore
+            layer.attend = lambda *arguments, layer=layer: self.compare(layer, *arguments)  # type: ignore
 
     def compare(
-        self, layer: CompressedAttention, tokens: Any, key_mask: Any, start: Any, options: Any, cache: Any
+        self, layer: CompressedAttention, tokens: Any, key_mask: Any, start: Any, options: Any, *others: Any
     ) -> Tensor:
         """Full attention, which the next layer then reads; and what this layer lacks of it."""
         with torch.no_grad():

@@ -339,7 +339,10 @@ def test_empty_texts_are_left_out(tmp_path: Path):
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["task=translation"], "task is 'translation'; it should be one of causal-lm, chat, masked-lm, sequence-class"),
+        (
+            ["task=translation"],
+            "task is 'translation'; it should be one of causal-lm, align, distil, chat, masked-lm, ",
+        ),
         (["task=3"], "task is 3; it should be str"),
         (["mlm_probability=0.2"], "'mlm_probability' belongs to task masked-lm, and task is sequence-classification"),
         (["task=causal-lm"], "'label_column' belongs to task sequence-classification, and task is causal-lm"),

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is dep
 
 def test_contenders_that_compute_the_same_agree():
     inputs = op.random_inputs(BENCH, True, 96)
-    query, key, value, log_decay, _ = inputs
+    query, key, value, log_decay, *_ = inputs
     for backward in (False, True):
         contenders = op.contenders("cpu", backward)
         torch.testing.assert_close(
@@ -32,5 +32,6 @@ def test_an_op_call_gives_the_gradients_of_what_is_used():
         name: [grad is not None for grad in op.call_of(function, True, inputs)()]
         for name, function in op.FUNCTIONS.items()
     }
-    assert used.pop(op.FORGETTING) == [True] * 4
-    assert all(flags == [True, True, True, False] for flags in used.values())
+    assert used.pop(op.FORGETTING) == [True, True, True, True, False]
+    assert used.pop(op.COMPRESSED) == [True, True, True, False, False]  # 8 tokens: none has departed into the slots
+    assert all(flags == [True, True, True, False, False] for flags in used.values())
