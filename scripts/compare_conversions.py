@@ -23,7 +23,7 @@ from lib.page import Block, Table, markdown, to_json, write_page
 from lib.probes import TEACHER
 from lib.sources import load_source
 
-from modeling_constattn import cache_nbytes
+from modeling_constattn import ConstAttnForCausalLM, cache_nbytes
 
 BASELINE = "window 256 + 4 sinks"
 SETTINGS: dict[str, dict[str, int]] = {  # the first of the exact tokens, then those kept
@@ -110,10 +110,9 @@ def tokens_of(folder: Path) -> int:
 
 @torch.no_grad()
 def cache_bytes(model: Any, tokens: int) -> int:
-    """After so many tokens."""
-    return cache_nbytes(
-        model(torch.zeros(1, tokens, dtype=torch.long), use_cache=True, logits_to_keep=1).past_key_values
-    )
+    """After so many tokens; a conversion's is as large after one."""
+    ids = torch.zeros(1, 1 if isinstance(model, ConstAttnForCausalLM) else tokens, dtype=torch.long)
+    return cache_nbytes(model(ids, use_cache=True, logits_to_keep=1).past_key_values)
 
 
 def page(result: dict) -> list[Block]:

@@ -119,8 +119,12 @@ def main(arguments: list[str] | None = None) -> dict:
             ", ".join(value) if isinstance(value, list) else f"{value:,.4f}" if isinstance(value, float) else str(value)
         )
         print(f"{name:<18} {text:>12}")
-    if options.output:
-        with staged_file(options.output) as file:
+    return write(result, options.output)
+
+
+def write(result: dict, output: Path | None) -> dict:
+    if output:
+        with staged_file(output) as file:
             file.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     return result
 
@@ -154,10 +158,7 @@ def probe(options: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenize
                 )
             )
     result = {"checkpoint": options.checkpoint, "teacher": options.teacher, "data": source_names(options.data)} | tables
-    if options.output:
-        with staged_file(options.output) as file:
-            file.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    return result
+    return write(result, options.output)
 
 
 def text_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int]]:
