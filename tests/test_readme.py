@@ -95,14 +95,14 @@ def test_command_takes_its_options(line: str, evaluate_script: ModuleType, monke
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "Qwen3"])
-def test_bring_your_own_model(architecture: str, make_source: Callable, tmp_path: Path, monkeypatch, capsys):
+def test_convert_a_model(architecture: str, make_source: Callable, tmp_path: Path, monkeypatch, capsys):
     """The commands of the section, on a small random model."""
     import transformers
 
     make_source(tmp_path / "HuggingFaceTB/SmolLM2-135M-Instruct", getattr(transformers, f"{architecture}Config"))
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"## Bring your own model\n\n```bash\n(.*?)```", PAGES["README.md"], re.DOTALL)
-    for line in block.splitlines():
+    (block,) = re.findall(r"## Convert a model\n\n```bash\n(.*?)```", PAGES["README.md"], re.DOTALL)
+    for line in [*block.splitlines(), "python scripts/publish.py runs/smollm2 me/smollm2 --dry-run"]:
         _, script, *arguments = shlex.split(line)
         importlib.import_module(Path(script).stem).main(arguments)
     printed = capsys.readouterr()
