@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
 from lib.equal_size import matching
 from lib.linear_attention import linear_attention
@@ -24,6 +26,10 @@ from modeling_constattn.compressed_constattn import rotate
 from modeling_constattn.heinsen_constattn import _MAX_LOG_VALUE
 from modeling_constattn.modeling_constattn import ConstantAttention
 
+_PEER_CHUNK_SIZE = 32  # tokens; on a CPU faster than 16 or 64
+_TIME_STEPS = 1e-3, 1e-1  # between which a peer's heads begin
+PEERS = {"gated_deltanet": (0.01, 16), "mamba2": (1, 16)}  # and the rates per step at which they begin to forget
+
 
 @strict
 class VariantConfig(ConstAttnConfig):
@@ -31,7 +37,9 @@ class VariantConfig(ConstAttnConfig):
 
     Args:
         mixer: "constant"; "softmax" over all tokens, with rotary positions; "linear", attention with elu+1 features
-            (arXiv 2006.16236). The latter two have no forget gate.
+            (arXiv 2006.16236); "gated_deltanet" (arXiv 2412.06464) and "mamba2" (arXiv 2405.21060), by Transformers' own functions,
+            with what their authors have between convolution and norm: SiLU, L2 norm of query and key, gates, initial rates; of
+            Mamba-2 the bias of the convolution and the skip. But for "constant", none has the fields of its keys and forget gate.
         values: "signed"; "softplus" makes them positive; "log" takes them for logarithms, and passes the output's on.
         forget: "slot" as the product does; "head", one rate for all slots of a head; "low_rank", by way of 16 features;
             "static", a learned rate that does not look at the data; "overwrite", a slot forgets as much as it is written:
@@ -42,7 +50,7 @@ class VariantConfig(ConstAttnConfig):
             layers in turn.
         forget_scale: factor on the logits of the forget gate, which thereby leaves its start sooner.
         signed_read: the difference of two reads of one state, the second with a learned weight.
-        share_qk: all heads read and write by the same query and key.
+        share_qk: all heads read and write by the same query and key; of "mamba2" it makes the one group that its authors have.
         qk_scale: factor on query and key, after the convolution: one for all, or one for each head; with the spread "layer"
             they go to the layers in turn.
         qk_norm: query and key have this root mean square to start with, by an RMSNorm over the slots with a learned gain.
@@ -65,13 +73,18 @@ class VariantConfig(ConstAttnConfig):
 
     def validate_variant(self):
         for field, known in (
-            ("mixer", ("constant", "softmax", "linear")),
+            ("mixer", ("constant", "softmax", "linear", *PEERS)),
             ("values", ("signed", "softplus", "log")),
             ("forget", ("slot", "head", "low_rank", "static", "overwrite")),
             ("spread", ("slot", "head", "layer")),
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field}={getattr(self, field)!r} is unknown; use one of {', '.join(known)}")
+        if self.mixer != "constant":
+            own = ["forget", "half_life", "forget_scale", "signed_read", "key_softmax"]
+            own += [] if self.mixer in PEERS else ["share_qk"]
+            if given := [name for name in own if getattr(self, name) != getattr(VariantConfig, name)]:
+                raise ValueError(f"mixer='{self.mixer}' does not have {given[0]}={getattr(self, given[0])!r}")
         if any(self.induction_heads) and (self.signed_read or self.share_qk or self.forget == "head"):
             raise ValueError("num_induction_heads needs one query, one key and a rate for each slot in every head")
         if self.block_type == "heinsen":
@@ -97,6 +110,16 @@ class VariantAttention(ConstantAttention):
         self.q_proj, self.k_proj = (nn.Linear(hidden, width, bias=False) for width in widths[:2])
         if self.conv is not None:
             self.conv = type(self.conv)(widths, config.conv_kernel_size, config.is_causal)
+        if config.mixer in PEERS:
+            self.dt_proj = nn.Linear(hidden, config.num_attention_heads, bias=False)
+            self.dt_bias, self.A_log = (nn.Parameter(torch.empty(config.num_attention_heads)) for _ in range(2))
+            self.dt_bias._no_weight_decay = self.A_log._no_weight_decay = True  # type: ignore[attr-defined]
+        if config.mixer == "gated_deltanet":
+            self.beta_proj = nn.Linear(hidden, config.num_attention_heads, bias=False)
+        if config.mixer == "mamba2":
+            self.D = nn.Parameter(torch.ones(config.num_attention_heads))
+            self.D._no_weight_decay = True  # type: ignore[attr-defined]
+            self.conv_bias = nn.Parameter(torch.zeros(sum(widths))) if self.conv is not None else None
         if config.forget == "overwrite":
             self.write_bias = nn.Parameter(torch.zeros(heads * slots))
         if self.f_proj is not None and (config.mixer != "constant" or config.forget == "overwrite"):
@@ -113,6 +136,12 @@ class VariantAttention(ConstantAttention):
 
     def start(self) -> None:
         """Initial weights that are this class's own."""
+        if self.config.mixer in PEERS:
+            with torch.no_grad():
+                least, most = (math.log(step) for step in _TIME_STEPS)
+                step = (least + (most - least) * torch.rand_like(self.dt_bias)).exp()
+                self.dt_bias.copy_(step.expm1().log())  # of which softplus makes the step again
+                self.A_log.copy_(torch.empty_like(self.A_log).uniform_(*PEERS[self.config.mixer]).log())
         if self.num_induction_heads:
             self.start_induction_heads()
         overwrites, spread = self.config.forget == "overwrite", self.config.spread
@@ -144,9 +173,21 @@ class VariantAttention(ConstantAttention):
             raise ValueError(f"mixer='{self.config.mixer}' reads rows without padding, of one document each")
         if self.config.mixer == "softmax" and past_key_values is not None:
             raise ValueError("mixer='softmax' has no cache here: use_cache=False")
+        if (
+            self.config.mixer != "constant"
+            and past_key_values is not None
+            and past_key_values.layers[self.layer_idx].record_past
+        ):
+            raise ValueError(f"mixer='{self.config.mixer}' takes no tokens back: do without activate_past_recording()")
         return super().forward(hidden_states, key_mask, lag_limit, past_key_values)
 
     def log_decay(self, hidden_states: Tensor) -> Tensor | None:
+        """As in `ConstantAttention`; of a peer its gates: the time step, with the delta rule the share that is rewritten too."""
+        if self.config.mixer in PEERS:
+            gates = [F.softplus(self.dt_proj(hidden_states).float() + self.dt_bias)]
+            if self.config.mixer == "gated_deltanet":
+                gates.append(self.beta_proj(hidden_states).float().sigmoid())
+            return torch.stack(gates, -1).transpose(1, 2)
         if self.f_proj is None:
             return None
         if self.config.forget == "static":
@@ -174,6 +215,8 @@ class VariantAttention(ConstantAttention):
             return F.scaled_dot_product_attention(query, key, value, is_causal=True), None
         if self.config.mixer == "linear":
             return linear_attention_with_state(query, key, value, state)
+        if self.config.mixer in PEERS:
+            return self.attend_as_peer(query, key, value, state, log_decay)
         if self.config.share_qk:
             value = value.transpose(1, 2).reshape(B, 1, T, -1)  # one head, whose values are those of all
 
@@ -197,6 +240,44 @@ class VariantAttention(ConstantAttention):
         if self.config.values == "log":
             output = output.log()
         return output.transpose(1, 2).reshape(B, T, H, -1).transpose(1, 2), state_after
+
+    def attend_as_peer(
+        self, query: Tensor, key: Tensor, value: Tensor, state: ConstAttnState | None, gates: Tensor
+    ) -> tuple[Tensor, ConstAttnState]:
+        """`attend` by Gated DeltaNet or Mamba-2, whose state is one matrix for each head: it lies where ours has its means."""
+        inputs = [query, key, value]
+        if self.config.mixer == "mamba2" and self.conv_bias is not None:
+            biases = self.conv_bias.split([x.shape[1] * x.shape[3] for x in inputs])
+            inputs = [x + bias.view(x.shape[1], 1, -1) for x, bias in zip(inputs, biases, strict=True)]
+        q, k, v = (F.silu(x).transpose(1, 2) for x in inputs)  # [B,T,H,·]
+        gates, rate = gates.transpose(1, 2), -self.A_log.float().exp()
+        before, chunk_size = None if state is None else state.mean, min(v.shape[1], _PEER_CHUNK_SIZE)
+        if self.config.mixer == "gated_deltanet":
+            step, beta = gates.unbind(-1)
+            output, matrix = torch_chunk_gated_delta_rule(
+                q,
+                k,
+                v,
+                g=rate * step,
+                beta=beta,
+                chunk_size=chunk_size,
+                initial_state=before,
+                output_final_state=True,
+                use_qk_l2norm_in_kernel=True,
+            )
+        else:
+            output, matrix = mamba2_chunk_scan(
+                v,
+                gates[..., 0],
+                rate,
+                k,
+                q,
+                chunk_size=chunk_size,
+                D=self.D,
+                initial_states=before,
+                return_final_states=True,
+            )
+        return output.transpose(1, 2), ConstAttnState(matrix.new_empty(*matrix.shape[:2], 0), matrix)
 
 
 class VariantForCausalLM(ConstAttnForCausalLM):
@@ -289,7 +370,8 @@ def state_floats(fields: dict[str, Any]) -> tuple[int, int]:
         if getattr(config, "mixer", "constant") == "softmax":
             token += heads * (slots + features)
         else:
-            constant += slots * (key_heads + heads * features)
+            weights = 0 if getattr(config, "mixer", "constant") in PEERS else key_heads
+            constant += slots * (weights + heads * features)
     if config.block_type == "heinsen":
         constant += config.hidden_size  # of the position embedding's recurrence
     return constant, token

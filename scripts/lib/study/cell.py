@@ -70,7 +70,15 @@ def train(model: Any, cell: Cell) -> None:
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
-        Trainer(model, arguments, train_dataset=rows).train()
+        StudyTrainer(model, arguments, train_dataset=rows).train()
+
+
+class StudyTrainer(Trainer):
+    """Weights decay but for those whose authors have exempted them, by the mark that they give them."""
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if not getattr(model.get_parameter(name), "_no_weight_decay", False)]
 
 
 def make_rows(task: Task, split: str, count: int, length: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lib import mixers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Mamba2Config, Qwen3NextConfig
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from modeling_constattn import cache_nbytes, quadratic_attention
 
@@ -12,6 +14,10 @@ VARIANTS = [
     {"mixer": "softmax"},
     {"mixer": "softmax", "conv_kernel_size": 1, "use_output_norm": False, "use_output_gate": False},
     {"mixer": "linear"},
+    {"mixer": "gated_deltanet"},
+    {"mixer": "gated_deltanet", "conv_kernel_size": 1, "num_slots": 8},
+    {"mixer": "mamba2"},
+    {"mixer": "mamba2", "share_qk": True, "conv_kernel_size": 1, "num_slots": 24},
     {"values": "softplus"},
     {"values": "log"},
     {"forget": "head"},
@@ -88,6 +94,135 @@ def test_linear_attention_is_its_quadratic_definition(T: int):
         torch.testing.assert_close(grad, wanted_grad)
 
 
+def delta_rule(state, q, k, v, log_decay, step, beta):
+    """Gated DeltaNet (arXiv 2412.06464, eq. 10), one token; state [B,H,K,V]."""
+    state = state * log_decay.exp()[..., None, None]
+    state = state + beta[..., None, None] * k[..., None] * (v - (state * k[..., None]).sum(2))[..., None, :]
+    return state, (state * q[..., None]).sum(2) / q.shape[-1] ** 0.5
+
+
+def state_space(state, q, k, v, log_decay, step, skip):
+    """Mamba-2 (arXiv 2405.21060, eq. 2, discretised as there), one token; state [B,H,K,V]."""
+    state = state * log_decay.exp()[..., None, None] + step[..., None, None] * k[..., None] * v[..., None, :]
+    return state, (state * q[..., None]).sum(2) + skip[:, None] * v
+
+
+def peer(fields):
+    layer = mixer(**fields)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    return layer
+
+
+def peer_by_definition(layer, query, key, value, gates):
+    """What `attend` of a peer gives, token by token, in float64."""
+    inputs = [x.double() for x in (query, key, value)]
+    if layer.config.mixer == "mamba2":
+        bias = layer.conv_bias.double().split([x.shape[1] * x.shape[3] for x in inputs])
+        inputs = [x + own.view(1, x.shape[1], 1, x.shape[3]) for x, own in zip(inputs, bias, strict=True)]
+    q, k, v = (x * x.sigmoid() for x in inputs)
+    q, k = q.expand(-1, v.shape[1], -1, -1), k.expand(-1, v.shape[1], -1, -1)
+    if layer.config.mixer == "gated_deltanet":
+        q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    log_decay = -layer.A_log.double().exp()[:, None] * gates[..., 0]
+    state, outputs = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), []
+    for t in range(q.shape[2]):
+        own = (q[:, :, t], k[:, :, t], v[:, :, t], log_decay[:, :, t], gates[:, :, t, 0].double())
+        if layer.config.mixer == "gated_deltanet":
+            state, output = delta_rule(state, *own, gates[:, :, t, 1].double())
+        else:
+            state, output = state_space(state, *own, layer.D.double())
+        outputs.append(output)
+    return torch.stack(outputs, 2), state
+
+
+@pytest.mark.parametrize("T", [1, 2, 31, 32, 33, 100])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mixer": "gated_deltanet", "num_slots": 8},
+        {"mixer": "gated_deltanet", "share_qk": True},
+        {"mixer": "mamba2"},
+        {"mixer": "mamba2", "num_slots": 8, "share_qk": True},
+    ],
+    ids=str,
+)
+def test_a_peer_is_its_recurrence(fields, T: int):
+    layer = peer(fields)
+    heads, slots = layer.config.key_heads, layer.num_slots
+    query, key = (torch.randn(2, heads, T, slots, requires_grad=True) for _ in range(2))
+    value = torch.randn(2, 2, T, 16, requires_grad=True)
+    hidden = torch.randn(2, T, 32)
+    gates = layer.log_decay(hidden)
+    wanted, wanted_state = peer_by_definition(layer, query, key, value, gates)
+    output, state = layer.attend(query, key, value, None, gates, None)
+    torch.testing.assert_close(output.double(), wanted, atol=2e-5, rtol=2e-5)
+    matrix = state.mean if layer.config.mixer == "gated_deltanet" else state.mean.transpose(2, 3)
+    torch.testing.assert_close(matrix.double(), wanted_state, atol=2e-5, rtol=2e-5)
+    own = [weight for name, weight in layer.named_parameters() if name in ("dt_bias", "A_log", "D", "conv_bias")]
+    leaves, dy = (query, key, value, layer.dt_proj.weight, *own), torch.randn_like(wanted)
+    grads, wanted_grads = (torch.autograd.grad(y, leaves, dy.to(y.dtype), retain_graph=True) for y in (output, wanted))
+    for grad, wanted_grad in zip(grads, wanted_grads, strict=True):
+        scale = wanted_grad.abs().max().clamp_min(1.0)
+        torch.testing.assert_close(grad / scale, wanted_grad / scale, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_gated_deltanet_is_qwens_layer():
+    layer = peer({"mixer": "gated_deltanet", "num_slots": 8})
+    config = Qwen3NextConfig(
+        hidden_size=32,
+        linear_num_value_heads=2,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=16,
+        num_hidden_layers=1,
+        layer_types=["linear_attention"],
+    )
+    theirs = Qwen3NextGatedDeltaNet(config, 0)
+    wide = [x.weight.view(2, -1, 32) for x in (layer.q_proj, layer.k_proj, layer.v_proj, layer.g_proj)]
+    theirs.in_proj_qkvz.weight.copy_(torch.cat(wide, 1).flatten(0, 1))  # of each head one after the other
+    gates = torch.stack([layer.beta_proj.weight, layer.dt_proj.weight], 1)
+    theirs.in_proj_ba.weight.copy_(gates.flatten(0, 1))
+    theirs.conv1d.weight.copy_(layer.conv.weight[:, None])
+    theirs.norm.weight.copy_(layer.norm.weight)
+    theirs.out_proj.weight.copy_(layer.o_proj.weight)
+    for name in ("dt_bias", "A_log"):
+        getattr(theirs, name).copy_(getattr(layer, name))
+    hidden = torch.randn(2, 70, 32)
+    torch.testing.assert_close(layer(hidden, None, None, None), theirs(hidden), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_mamba2_is_its_layer_in_transformers_but_for_the_norm():
+    layer = peer({"mixer": "mamba2", "share_qk": True, "num_slots": 8, "use_output_norm": False})
+    config = Mamba2Config(
+        hidden_size=32, expand=1, num_heads=2, head_dim=16, state_size=8, n_groups=1, num_hidden_layers=1
+    )
+    theirs = Mamba2Mixer(config, 0).eval()
+    theirs.norm.forward = lambda y, gate: y * F.silu(gate)
+    order = [layer.g_proj, layer.v_proj, layer.k_proj, layer.q_proj, layer.dt_proj]
+    theirs.in_proj.weight.copy_(torch.cat([x.weight for x in order]))
+    for theirs_of, own in ((theirs.conv1d.weight[:, 0], layer.conv.weight), (theirs.conv1d.bias, layer.conv_bias)):
+        query, key, value = own.split([8, 8, 32])
+        theirs_of.copy_(torch.cat([value, key, query]))
+    theirs.out_proj.weight.copy_(layer.o_proj.weight)
+    for name in ("dt_bias", "A_log", "D"):
+        getattr(theirs, name).copy_(getattr(layer, name))
+    hidden = torch.randn(2, 70, 32)
+    torch.testing.assert_close(layer(hidden, None, None, None), theirs(hidden), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "least"), [("gated_deltanet", 0.01), ("mamba2", 1)])
+def test_a_peer_begins_as_its_authors_have_it(name, least):
+    torch.manual_seed(0)
+    layer = mixers.build(BASE | {"mixer": name, "num_attention_heads": 256, "head_dim": 2}).model.layers[0].mixer
+    steps, rates = F.softplus(layer.dt_bias), layer.A_log.exp()
+    assert 1e-3 <= steps.min() < 1.2e-3 and 0.08 < steps.max() <= 0.1 and 0.008 < steps.median() < 0.013
+    assert least * 0.999 <= rates.min() < least + 0.3 and 15.8 < rates.max() <= 16.01
+
+
 def test_a_shared_query_and_key_are_those_of_every_head():
     query, key, value = random_inputs(key_heads=1)
     output, _ = mixer(share_qk=True).attend(query, key, value, None, None, None)
@@ -148,7 +283,27 @@ def test_token_by_token_is_the_whole_text(fields):
     torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("fields", [{"mixer": "linear"}, {"half_life": [4, 4096], "qk_norm": 2.0}], ids=str)
+@pytest.mark.parametrize("fields", [{"mixer": name} for name in mixers.PEERS], ids=str)
+@torch.no_grad()
+def test_a_peer_reads_in_pieces_and_generates(fields):
+    torch.manual_seed(0)
+    model = mixers.build(BASE | fields).eval()
+    cache, logits = None, []
+    for piece in TOKENS.split([1, 33, 6], 1):
+        output = model(piece, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits.append(output.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), model(TOKENS, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+    generated = model.generate(TOKENS[:, :20], max_new_tokens=5, do_sample=False)
+    for t in range(20, 25):
+        assert torch.equal(model(generated[:, :t], use_cache=False).logits[:, -1].argmax(-1), generated[:, t])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"mixer": "linear"}, {"mixer": "gated_deltanet"}, {"mixer": "mamba2"}, {"half_life": [4, 4096], "qk_norm": 2.0}],
+    ids=str,
+)
 def test_a_saved_variant_comes_back(fields, tmp_path):
     model = mixers.build(BASE | fields)
     with torch.no_grad():
@@ -162,8 +317,14 @@ def test_a_saved_variant_comes_back(fields, tmp_path):
 
 def test_what_the_others_cannot_do():
     mask = torch.ones_like(TOKENS).index_fill(1, torch.tensor([0]), 0)
-    with pytest.raises(ValueError, match="mixer='linear' reads rows without padding"):
-        mixers.build(BASE | {"mixer": "linear"})(TOKENS, attention_mask=mask)
+    for name in ("linear", *mixers.PEERS):
+        model = mixers.build(BASE | {"mixer": name})
+        with pytest.raises(ValueError, match=f"mixer='{name}' reads rows without padding"):
+            model(TOKENS, attention_mask=mask)
+        cache = model(TOKENS[:, :20], use_cache=True).past_key_values
+        cache.activate_past_recording()
+        with pytest.raises(ValueError, match=f"mixer='{name}' takes no tokens back"):
+            model(TOKENS[:, 20:21], past_key_values=cache)
     with pytest.raises(ValueError, match="mixer='softmax' has no cache here"):
         mixers.build(BASE | {"mixer": "softmax"})(TOKENS, use_cache=True)
     model = mixers.build(BASE | {"mixer": "linear"})
@@ -192,7 +353,16 @@ def test_a_new_gate_forgets_half_after_its_half_life(fields, half_lives):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"num_slots": 24}, {"block_type": "heinsen"}, {"conv_kernel_size": 1}],
+    [
+        {},
+        {"num_slots": 24},
+        {"block_type": "heinsen"},
+        {"conv_kernel_size": 1},
+        {"mixer": "linear"},
+        {"mixer": "gated_deltanet", "num_slots": 24},
+        {"mixer": "mamba2"},
+        {"mixer": "mamba2", "share_qk": True, "num_slots": 24},
+    ],
     ids=str,
 )
 def test_the_counted_state_is_the_caches(fields):
@@ -212,7 +382,10 @@ def test_the_counted_state_of_softmax_and_windows():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mixer": "cosine"}, "mixer='cosine' is unknown; use one of constant, softmax, linear"),
+        ({"mixer": "cosine"}, "mixer='cosine' is unknown; use one of constant, softmax, linear, gated_deltanet"),
+        ({"mixer": "mamba2", "forget": "head"}, "mixer='mamba2' does not have forget='head'"),
+        ({"mixer": "gated_deltanet", "signed_read": True}, "mixer='gated_deltanet' does not have signed_read=True"),
+        ({"mixer": "softmax", "share_qk": True}, "mixer='softmax' does not have share_qk=True"),
         ({"forget_gates": True}, "'forget_gates' is a field neither of ConstAttnConfig nor of a variant"),
         ({"block_type": "heinsen", "signed_read": True}, "the paper's own block"),
         ({"share_qk": True, "num_induction_heads": 1}, "one query, one key and a rate for each slot"),

@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import ROOT
 from lib import mixers
-from lib.study.cell import losses, make_rows, source_text, without
+from lib.study.cell import StudyTrainer, losses, make_rows, source_text, without
 from lib.study.grid import read_study
+from transformers import TrainingArguments
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -47,6 +48,14 @@ def test_silenced_layers_pass_on_what_they_read():
             hook.remove()
             assert (silenced - whole).abs().max() > 1e-4
         torch.testing.assert_close(model(tokens).logits, whole)  # the model itself is left as it was
+
+
+def test_weights_decay_but_for_those_that_peers_exempt(tmp_path: Path):
+    model = mixers.build(SMALL | {"mixer": "mamba2"})
+    trainer = StudyTrainer(model, TrainingArguments(tmp_path, report_to="none"))
+    kept = {name for name, _ in model.named_parameters()} - set(trainer.get_decay_parameter_names(model))
+    own = {name.removeprefix("model.layers.0.mixer.") for name in kept if ".mixer." in name}
+    assert own == {"A_log", "D", "dt_bias", "conv_bias", "norm.weight"}
 
 
 @pytest.mark.parametrize(
