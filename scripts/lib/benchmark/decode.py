@@ -14,6 +14,7 @@ from lib.timing import Bench, Call, Contenders, first_calls, sweep, take_turns, 
 
 TOKEN, CONTEXTS = "one token", "one token, contexts in turn"
 MODEL_COMPILED = f"{models.MODEL}, compiled"
+CONSTANT = (models.MODEL, models.COMPRESSED)  # whose time is to be the same after any context
 READING, PROJECTING = "reading the weights once", "ConstAttn's matrix–vector products alone"
 
 
@@ -39,16 +40,21 @@ def measure(bench: Bench, config: Any, lengths: tuple[int, ...]) -> dict:
         contenders[f"{models.LLAMA_ALIKE}, compiled"] = compiled_call(alike, models.KINDS[models.LLAMA].cache, room)
     torch._dynamo.reset()
     rows = sweep(bench, TOKEN, contenders, lengths, int, steepest=1.0)
-    return {"rows": rows + contexts_in_turn(bench, built[models.MODEL], lengths)} | facts
+    return {"rows": rows + contexts_in_turn(bench, built, lengths)} | facts
 
 
-def contexts_in_turn(bench: Bench, model: Any, lengths: Sequence[int]) -> list[dict]:
-    """ConstAttn alone, after every context in turn: is the time per token the same? ratios: to each other context."""
-    calls = {f"T={length:,}": decode_call(model, models.constattn_cache(model, length)) for length in lengths}
-    estimates = {name: first_calls(bench, call).seconds for name, call in calls.items()}
+def contexts_in_turn(bench: Bench, built: dict[str, Any], lengths: Sequence[int]) -> list[dict]:
+    """Ours alone, after every context in turn: is the time per token the same? ratios: to each other context."""
+    calls = {
+        (name, length): call_after(built[name], models.KINDS[name], length) for name in CONSTANT for length in lengths
+    }
+    estimates = {key: first_calls(bench, call).seconds for key, call in calls.items()}
     often = dataclasses.replace(bench, rounds=15 * bench.rounds)  # they differ little, so measure them well
     runs = take_turns(often, calls, estimates)
-    return [timed_row(CONTEXTS, models.MODEL, length, name, runs) for length, name in zip(lengths, calls, strict=True)]
+    return [
+        timed_row(CONTEXTS, name, length, f"T={length:,}", {f"T={T:,}": runs[name, T] for T in lengths})
+        for name, length in calls
+    ]
 
 
 def call_after(model: Any, kind: models.Kind, context: int) -> Call:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MambaConfig, StaticCache
 
+from lib.benchmark.op import KEPT, MAX_DISTANCE, SINKS, WINDOW
 from lib.equal_size import TOLERANCE, matching, nearest_widths, parameter_count
 from lib.timing import Bench, Unavailable, no_room
 from modeling_constattn import ConstAttnConfig, ConstAttnForCausalLM, cache_nbytes, speed_up_cpu_inference
@@ -49,6 +50,21 @@ def matching_llama(config: ConstAttnConfig, target: int) -> LlamaConfig:
     return matching(target, [recipe], "intermediate_size", widths, f"Llama of width {config.hidden_size}")
 
 
+def matching_softmax(mixer: str, config: ConstAttnConfig, target: int) -> ConstAttnConfig:
+    """The same model with one of its other mixers in every layer; the MLP's width makes up the difference."""
+    layers = {
+        "mixer_types": [mixer] * config.num_hidden_layers,
+        "sliding_window": WINDOW,
+        "num_kept_tokens": KEPT,
+        "num_sinks": SINKS,
+        "max_distance": MAX_DISTANCE,
+    }
+    fields = config.to_dict() | layers
+    del fields["intermediate_size"]
+    recipe = partial(ConstAttnConfig, **fields)
+    return matching(target, [recipe], "intermediate_size", range(8, 16 * config.hidden_size, 8), mixer)
+
+
 def matching_mamba(config: ConstAttnConfig, target: int) -> MambaConfig:
     """The same vocabulary and, if some depth then fits, the same width; else the nearest width that fits."""
     shared = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
@@ -60,11 +76,11 @@ def matching_mamba(config: ConstAttnConfig, target: int) -> MambaConfig:
 # ---------------------------------------------------------------------------------------------------------------- caches
 
 
-def cache_of_text(model: Any, context: int, static: bool = False, room: int = 0) -> Any:
-    """The cache after up to 64 tokens: of a state of fixed size, as large and as much work as after any number."""
+def cache_of_text(model: Any, context: int, static: bool = False, room: int = 0, text: int = 64) -> Any:
+    """The cache after up to `text` tokens: of a state of fixed size, as large and as much work as after any number."""
     cache = StaticCache(model.config, context + room) if static else DynamicCache(config=model.config)
     with torch.no_grad():
-        tokens = random_tokens(model, min(context, 64))
+        tokens = random_tokens(model, min(context, text))
         model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
 
@@ -74,6 +90,16 @@ def constattn_cache(model: Any, context: int, static: bool = False, room: int = 
     cache, text = cache_of_text(model, context, static, room), min(context, 64)
     for layer in cache.layers:
         layer.tensors["log_Z"].add_(math.log(context / text))
+        layer.advance(context - text)
+    return cache
+
+
+def softmax_cache(model: Any, context: int, static: bool = False, room: int = 0) -> Any:
+    """`cache_of_text` in which all places are taken and tokens depart, as if there had been `context` tokens."""
+    text = min(context, 2 * (WINDOW + KEPT))
+    cache = cache_of_text(model, context, static, room, text)
+    for layer in cache.layers:
+        layer.tensors["seen"].add_(context - text)
         layer.advance(context - text)
     return cache
 
@@ -107,6 +133,7 @@ def mamba_nbytes(cache: Any) -> int:
 # ------------------------------------------------------------------------------------------------------------ contenders
 
 MODEL, LLAMA, MAMBA = "ConstAttn", "Llama", "Mamba"
+COMPRESSED, WINDOWS = "ConstAttn, compressed attention", "ConstAttn, sliding windows"
 LLAMA_ALIKE = "Llama, with ConstAttn's linear layers"
 
 
@@ -124,6 +151,8 @@ class Kind(NamedTuple):
 KINDS = {
     MODEL: Kind(lambda config, target: config, constattn_cache),
     LLAMA: Kind(matching_llama, llama_cache),
+    COMPRESSED: Kind(partial(matching_softmax, "compressed_attention"), softmax_cache, is_compiled=False),
+    WINDOWS: Kind(partial(matching_softmax, "sliding_attention"), softmax_cache, is_compiled=False),
     MAMBA: Kind(matching_mamba, mamba_cache, "cache_params", mamba_nbytes, is_profiled=False, is_compiled=False),
 }
 NOT_PROFILED = [name for name, kind in KINDS.items() if not kind.is_profiled]
@@ -143,7 +172,10 @@ def build_models(bench: Bench, config: ConstAttnConfig, layers: int | None = Non
     models = {}
     for name, own in equal_configs(KINDS, config).items():
         if layers is not None:
-            own = type(own)(**own.to_dict() | {"num_hidden_layers": layers, "mixer_types": None})
+            fields = {"num_hidden_layers": layers}
+            if isinstance(own, ConstAttnConfig):
+                fields["mixer_types"] = own.mixer_types[:layers]
+            own = type(own)(**own.to_dict() | fields)
         models[name] = new_model(bench, own)
     return models
 
