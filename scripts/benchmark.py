@@ -29,6 +29,9 @@ How it is measured, so that ratios mean something on a machine that does other t
   the compiler's own loop for one token. What that alone is worth show the rows of "Llama, with ConstAttn's linear layers".
 - Servers are processes of their own, on the same machine as their clients, and so is `transformers serve`, with a Llama. All that
   are served at once ask in the same moment. A context is read with each request, or was, by a session. Each token is a word.
+- Processes that read one row together have one thread each, and so has the one beside them; models are cut to two layers, without
+  the head. "As planned" is the model of `scripts/context_plan.py`: the time of one process ÷ their number + the bytes of its
+  terms ÷ what the link carries.
 - A contender whose next row would take longer than --budget, or more memory than is free, ends there; the row says so.
 """
 
@@ -38,7 +41,7 @@ from typing import Any
 
 import torch
 import transformers
-from lib.benchmark import decode, memory, newcomer, op, prefill, restore, serve, sessions, train
+from lib.benchmark import context, decode, memory, newcomer, op, prefill, restore, serve, sessions, train
 from lib.benchmark.cost_page import cost_page
 from lib.benchmark.results import Measurement, Results, read_results
 from lib.checkpoints import load_config
@@ -58,6 +61,7 @@ MEASUREMENTS: dict[str, Measurement] = {
     "decode": decode.MEASUREMENT,
     "train": train.MEASUREMENT,
     "memory": memory.MEASUREMENT,
+    "context": context.MEASUREMENT,
     "serve": serve.MEASUREMENT,
     "newcomer": newcomer.MEASUREMENT,
     "sessions": sessions.MEASUREMENT,

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import context_plan
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,6 +22,7 @@ from accelerate.big_modeling import _attach_context_parallel_hooks
 from accelerate.state import AcceleratorState
 from accelerate.utils import ParallelismConfig
 from conftest import ROOT
+from lib import exchanges
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainingArguments, default_data_collator
@@ -270,8 +270,8 @@ def test_the_plan_knows_every_byte(kind, results):
     """Of a process between two others, the second layer's, as the difference; and what comes once, of the float64 numbers."""
     one, two = (results[f"{kind}, traffic"][1][layers] for layers in ("1", "2"))
     config = make_config(kind)
-    assert two["all"] - one["all"] == context_plan.exchanged(config, 4, 4)[1] > 0
-    assert one["float64"] - (two["float64"] - one["float64"]) == context_plan.once(config, 4)
+    assert two["all"] - one["all"] == exchanges.exchanged(config, 4, 4)[1] > 0
+    assert one["float64"] - (two["float64"] - one["float64"]) == exchanges.once(config, 4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,9 +22,19 @@ from modeling_constattn.compressed_constattn import compressed_attention, rotate
 from modeling_constattn.modeling_constattn import CompressedAttention
 
 SLOT_MODULES = ["slot_q", "slot_k"]  # of a layer
+SLOT_OPTIONS = ("slot_weight", "slot_bias", "log_decay")  # what `slot_k` gives to the attention
 LEAST_WINDOW = 1 / 8  # of the model's window, the narrowest one that is drawn
 FIRST_TEXTS = 2  # blocks whose keys the slots begin at
 LLOYD_STEPS = 8
+SHARPNESS = (1.0, 0.5, 0.25, 0.125)  # of the centres at the start
+LIGHTER = (
+    0.0,
+    -0.5,
+    -1.0,
+    -2.0,
+    -4.0,
+    -8.0,
+)  # added to a slot's log weight at the start; the last leaves as good as nothing
 
 
 def layers_with_slots(model: nn.Module) -> list[CompressedAttention]:
@@ -58,9 +68,10 @@ def read_in_full(model: nn.Module) -> None:
 def start_slots(model: Any, blocks: Iterable[Tensor]) -> None:
     """Gives new slots a start from the keys of some text: each slot is for the keys around one centre.
 
-    A token's slot key is its score with the centre, as far as that outlasts the distance (rotary positions turn the rest in all
-    directions); so is a query's. A bias for each head lets the slots weigh as much, in the middle, as full attention gives
-    to the tokens that have left the window.
+    A query's score with a slot is that with the centre, as far as it outlasts the distance (rotary positions turn the rest in
+    all directions). A token writes into the slots whose centres its key is near to, into few or into many, and a bias for each
+    head lets the slots weigh as much, in the middle, as full attention gives to the tokens that have left the window, or
+    less: by what brings the head's output nearest to that of full attention, over another text.
     """
     layers, texts = layers_with_slots(model), []
     if not layers:
@@ -73,7 +84,7 @@ def start_slots(model: Any, blocks: Iterable[Tensor]) -> None:
     for layer in layers:
 
         def collect(tokens: Any, key_mask: Any, start: Any, options: Any, *others: Any) -> Tensor:
-            texts.append((tokens, options))
+            texts.append(({name: tokens[name] for name in ("query", "key", "value")}, options))
             return full_attention(tokens, options)
 
         layer.attend = collect  # type: ignore
@@ -89,7 +100,7 @@ def start_layer(layer: CompressedAttention, sinks: int, texts: list[tuple[dict[s
     """`start_slots` of one layer: ``texts`` are tokens [1,·,T,D] and options of its attention."""
     slot_q, slot_k = layer.slot_q, layer.slot_k
     (H, K, D), G = slot_k.weight.shape, len(slot_q.weight) // len(slot_k.weight)
-    tokens, options = texts[0]
+    (tokens, options), (others, _) = texts[0], texts[-1]
     query, key, scaling = tokens["query"][0], tokens["key"][0], options["scaling"]
     T, W = key.shape[1], layer.options["sliding_window"]
     if W + sinks + K > T:
@@ -100,27 +111,42 @@ def start_layer(layer: CompressedAttention, sinks: int, texts: list[tuple[dict[s
     generator = torch.Generator().manual_seed(layer.layer_idx)
     centre = torch.stack([centres(head, K, generator) for head in keys])  # [H,K,D]
     outlasts = torch.ones(D, dtype=key.dtype, device=key.device)
+    q, k = query, key
     if (frequencies := options.get("frequencies")) is not None:
         distance = torch.arange(W, T, device=key.device, dtype=frequencies.dtype)
         mean = (distance[:, None] * frequencies).cos().mean(0).clamp(min=0.0).to(key.dtype)  # [F]
         outlasts[: 2 * len(mean)] = mean.repeat(2)
-    slot_q.weight.copy_((scaling * outlasts * centre).repeat_interleave(G, 0))
-    slot_k.weight.copy_(scaling * centre)
-    slot_k.bias.copy_(scaling * centre.square().sum(-1) / -2)
-    slot_k.decay.zero_()
-
-    time = torch.arange(W + sinks, T, max(1, (T - W) // 32), device=key.device)  # of a few queries
-    q, k = query, key
-    if frequencies is not None:
         position = torch.arange(T, device=key.device)
         q, k = rotate(q, position, frequencies), rotate(k, position, frequencies)
+    time = torch.arange(W + sinks, T, max(1, (T - W) // 32), device=key.device)  # of a few queries
     departed = torch.arange(sinks, T, device=key.device) <= time[:, None] - W  # [n,T−sinks]
     scores = scaling * q[:, time].unflatten(0, (H, G)) @ k[:, None, sinks:].transpose(2, 3)  # [H,G,n,T−sinks]
     wanted = scores.masked_fill(~departed, -math.inf).logsumexp(-1)  # [H,G,n]
-    written = key[:, sinks:] @ slot_k.weight.transpose(1, 2) + slot_k.bias[:, None]  # [H,T−sinks,K]
-    log_Z = written[:, None].masked_fill(~departed[..., None], -math.inf).logsumexp(2)  # [H,n,K]
-    reads = (query[:, time] @ slot_q.weight.transpose(1, 2)).unflatten(0, (H, G)) + log_Z[:, None]
-    slot_q.bias.copy_((wanted - reads.logsumexp(-1)).mean(-1).flatten()[:, None].expand_as(slot_q.bias))
+
+    def start(sharpness: Tensor) -> None:
+        """sharpness [H,1]: how much the scores of a key with the centres differ; 0: each slot is the mean of all values."""
+        slot_k.weight.copy_(sharpness[..., None] * scaling * centre)
+        slot_k.bias.copy_(sharpness * scaling * centre.square().sum(-1) / -2)
+        written = key[:, sinks:] @ slot_k.weight.transpose(1, 2) + slot_k.bias[:, None]  # [H,T−sinks,K]
+        log_Z = written[:, None].masked_fill(~departed[..., None], -math.inf).logsumexp(2)  # [H,n,K]
+        reads = (query[:, time] @ slot_q.weight.transpose(1, 2)).unflatten(0, (H, G)) + log_Z[:, None]
+        slot_q.bias.copy_((wanted - reads.logsumexp(-1)).mean(-1).flatten()[:, None].expand_as(slot_q.bias))
+
+    slot_q.weight.copy_((scaling * outlasts * centre).repeat_interleave(G, 0))
+    slot_k.decay.zero_()
+    full, errors = full_attention(others, options), []
+    sharpness, lighter = centre.new_tensor(SHARPNESS), centre.new_tensor(LIGHTER)
+    for sharp in sharpness:
+        start(sharp.expand(H, 1))
+        slots = dict(zip(SLOT_OPTIONS, slot_k(), strict=True))
+        for light in lighter:
+            found, _ = compressed_attention(**others, slot_query=slot_q(others["query"]) + light, **(options | slots))
+            errors.append((found - full).square().sum((0, 2, 3)))
+    error = torch.stack(errors).unflatten(0, (len(sharpness), -1)).unflatten(2, (H, G))  # [sharpness,lighter,H,G]
+    sharpest = error.amin(1).sum(-1).argmin(0)  # [H]; the heads of one key share it
+    lightest = error.argmin(1).gather(0, sharpest[None, :, None].expand(1, H, G)).flatten()  # [H·G]
+    start(sharpness[sharpest][:, None])
+    slot_q.bias.add_(lighter[lightest][:, None])
 
 
 def centres(x: Tensor, K: int, generator: torch.Generator) -> Tensor:
@@ -136,10 +162,10 @@ def centres(x: Tensor, K: int, generator: torch.Generator) -> Tensor:
 class AlignTrainer(StrictTrainer):
     """Trains the slots alone: each layer reads the teacher's tokens, and should give the output that full attention gives.
 
-    The loss is the square of the difference, after the layer's output projection, relative to that output; a mean over tokens and
-    layers. In training, windows and kept tokens are drawn anew for each batch, from few to as many as the model has, so that
-    slots learn to carry any part of the past; in evaluation they are the model's. Checkpoints hold the slots alone;
-    so does slots.safetensors, beside the model in the end.
+    The loss is the square of the difference, after the layer's output projection, as a share of what it is without slots; a mean
+    over layers: below 1, slots pay. In training, windows and kept tokens are drawn anew for each batch, from few to as many as
+    the model has, so that slots learn to carry any part of the past; in evaluation they are the model's. Checkpoints hold
+    the slots alone; so does slots.safetensors, beside the model in the end.
     """
 
     def __init__(self, *arguments: Any, model: nn.Module, **options: Any):
@@ -158,10 +184,17 @@ class AlignTrainer(StrictTrainer):
         """Full attention, which the next layer then reads; and what this layer lacks of it."""
         with torch.no_grad():
             wanted = full_attention(tokens, options)
+            exact = {name: x for name, x in tokens.items() if name != "slot_query"}
+            without, _ = compressed_attention(
+                **exact, **{name: x for name, x in options.items() if name not in SLOT_OPTIONS} | self.exact
+            )
         found, _ = compressed_attention(**tokens, **(options | self.exact))
         weight = layer.o_proj.weight  # [hidden,heads·D]
-        difference, size = (F.linear(x.transpose(1, 2).flatten(2), weight) for x in (found - wanted, wanted))
-        self.losses.append((difference.square().sum(-1) / size.square().sum(-1)).mean())
+        lacking, lacking_without, size = (
+            F.linear(x.transpose(1, 2).flatten(2), weight).square().sum()
+            for x in (found - wanted, without - wanted, wanted)
+        )
+        self.losses.append(lacking / (lacking_without + torch.finfo(size.dtype).eps * size))
         return wanted
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **options: Any) -> Any:

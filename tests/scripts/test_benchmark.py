@@ -12,7 +12,20 @@ from conftest import ROOT
 pytest.importorskip("matplotlib", reason="the plots need matplotlib: pip install -e '.[report]'")
 
 import benchmark
-from lib.benchmark import cost_page, decode, memory, models, newcomer, op, prefill, restore, serve, sessions, train
+from lib.benchmark import (
+    context,
+    cost_page,
+    decode,
+    memory,
+    models,
+    newcomer,
+    op,
+    prefill,
+    restore,
+    serve,
+    sessions,
+    train,
+)
 from lib.benchmark.results import Results, read_results, series
 from lib.timing import MIN_ROUNDS, Bench
 
@@ -51,11 +64,13 @@ def test_every_contender_is_measured_at_every_length(results: Results):
         ("op", op.BACKWARD): attention,
         ("prefill", prefill.PREFILL): kinds | alike | {prefill.PIECES},
         ("decode", decode.TOKEN): kinds | alike | compiled | {decode.READING, decode.PROJECTING},
-        ("decode", decode.CONTEXTS): {models.MODEL},
+        ("decode", decode.CONTEXTS): {*decode.CONSTANT},
         ("train", train.STEP): kinds,
         ("memory", memory.CACHE): kinds,
         ("memory", memory.KEPT_OP): {*op.FUNCTIONS} - {op.SCAN},
         ("memory", memory.KEPT_LAYER): kinds,
+        **{("context", context.step(name)): {context.ONE, context.SEVERAL, context.PLANNED} for name in context.KINDS},
+        **{("context", context.kept(name)): {context.ONE, context.SEVERAL} for name in context.KINDS},
         **{
             ("serve", group(count)): served
             for group in (serve.all_answers, serve.first_tokens)
@@ -100,7 +115,7 @@ def test_ratios_and_medians_come_from_the_runs(results: Results):
                 theirs = series(results.rows(result["command"], row["group"]), "runs")[peer][row["length"]]
                 pairs = zip(theirs, row["runs"], strict=True)
                 assert ratio == statistics.median(peer_run / own for peer_run, own in pairs)
-    assert timed == 2 * 8 + 5 + 9 + 1 + 3 + 3 * 4
+    assert timed == 2 * 8 + 7 + 11 + 2 + 5 + 3 * 4
 
 
 def test_first_tokens_come_before_the_last(results: Results):

@@ -167,10 +167,12 @@ def equal_configs(kinds: Mapping[str, Kind], config: ConstAttnConfig) -> dict[st
         raise SystemExit(f"error: --model: {error}") from error
 
 
-def build_models(bench: Bench, config: ConstAttnConfig, layers: int | None = None) -> dict[str, Any]:
+def build_models(
+    bench: Bench, config: ConstAttnConfig, layers: int | None = None, kinds: Mapping[str, Kind] = KINDS
+) -> dict[str, Any]:
     """One of each kind, with random weights. `layers`: cut to so many, after the matching."""
     models = {}
-    for name, own in equal_configs(KINDS, config).items():
+    for name, own in equal_configs(kinds, config).items():
         if layers is not None:
             fields = {"num_hidden_layers": layers}
             if isinstance(own, ConstAttnConfig):
