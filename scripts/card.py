@@ -3,7 +3,8 @@
     python scripts/card.py
 
 What a card says was measured is read from the JSON files of a training run: training_summary.json (train.py),
-evaluation.json (evaluate.py) and quickstart.json (quickstart_table.py). Those of a configuration lie in
+evaluation.json (evaluate.py), quickstart.json (quickstart_table.py) and, of a converted model beside its source, comparison.json
+(evaluate.py --teacher). Those of a configuration lie in
 model_cards/reports/<name>/; to renew them, copy them there from the run's folder and call this again. Sizes are computed
 from config.json. The card of a published checkpoint is made by the same function, from the checkpoint's own folder.
 """
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from lib.checkpoints import architecture, has_weights, load_config
+from lib.page import markdown
+from lib.probes import tables
 from lib.staging import staged_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -25,7 +28,7 @@ from modeling_constattn import cache_nbytes
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = ROOT / "model_cards/template.md"
-REPORTS = ("training_summary", "evaluation", "quickstart")
+REPORTS = ("training_summary", "evaluation", "quickstart", "comparison")
 KINDS = {  # Auto class: what the model is, the Hub's name for its task
     "AutoModel": ("A model without a head", "feature-extraction"),
     "AutoModelForCausalLM": ("A language model", "text-generation"),
@@ -60,7 +63,7 @@ def make_card(folder: Path, reports: Path, repo_id: str | None = None, name: str
     config = load_config(folder)
     auto_class, model_class = architecture(config)
     kind, pipeline_tag = KINDS[auto_class]
-    training, evaluation, quickstart = (read_report(reports / f"{name}.json") for name in REPORTS)
+    training, evaluation, quickstart, comparison = (read_report(reports / f"{name}.json") for name in REPORTS)
     for report, script in ((training, "train.py"), (evaluation, "evaluate.py --output")):
         if report is not None and "data" not in report:  # as an earlier version of the script wrote it
             raise SystemExit(f"error: a report in '{reports}' does not say on what data: run scripts/{script} again")
@@ -107,6 +110,8 @@ def make_card(folder: Path, reports: Path, repo_id: str | None = None, name: str
         training=training,
         evaluation=evaluation,
         quickstart=quickstart,
+        comparison=markdown(tables(comparison)) if comparison else None,
+        compared_on=comparison and comparison["data"],
         settings={key: training["run"]["training"][key] for key in SETTINGS if key in training["run"]["training"]}
         if training
         else {},

@@ -32,6 +32,7 @@ import torch
 from lib import probes
 from lib.checkpoints import load_model, load_tokenizer
 from lib.documents import encode_chat, load_documents, marks_answers, source_names, start_token_id, token_ids
+from lib.page import markdown
 from lib.probes import TEACHER
 from lib.sources import load_teacher
 from lib.staging import staged_file
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("data", nargs="+", help="text files, folders, .jsonl, .parquet or Hub dataset ids")
     parser.add_argument("--chat", action="store_true", help="the data are conversations, written by the chat template")
     parser.add_argument("--text-column", help="of JSON lines, parquet and Hub datasets (text; with --chat: messages)")
-    parser.add_argument("--output", type=Path, help="JSON file for the result")
+    parser.add_argument("--output", type=Path, help="JSON file for the result; tables of the same models stay in it")
     parser.add_argument("--teacher", help="folder, Hub id or GGUF file of a model to compare with")
     parser.add_argument("--positions", type=int, metavar="T", help="loss by position, over texts of T tokens")
     parser.add_argument(
@@ -148,17 +149,18 @@ def probe(options: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenize
         tables["stream"] = probes.stream(named, texts(), tokenizer, options.stream)
     if options.cost:
         tables["cost"] = probes.cost(named, options.cost)
-    for name, rows in tables.items():
-        print(name)
-        for row in rows:
-            print(
-                ", ".join(
-                    f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}"
-                    for key, value in row.items()
-                )
-            )
-    result = {"checkpoint": options.checkpoint, "teacher": options.teacher, "data": source_names(options.data)} | tables
-    return write(result, options.output)
+    print(markdown(probes.tables(tables)))
+    about = {"checkpoint": options.checkpoint, "teacher": options.teacher, "data": source_names(options.data)}
+    return write(earlier_tables(options.output, about) | tables, options.output)
+
+
+def earlier_tables(output: Path | None, about: dict) -> dict:
+    """What the file has of the same models and texts; `about` alone where there is none."""
+    try:
+        earlier = json.loads(output.read_text(encoding="utf-8")) if output else {}
+    except (OSError, ValueError):
+        earlier = {}
+    return earlier if about.items() <= earlier.items() else about
 
 
 def text_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int]]:

@@ -5,7 +5,7 @@
     stream(models, texts, tokenizer, 65536)          loss along one text without end
     cost(models, [1024, 32768])                      time and memory of a token after so many
 
-``models`` is a dict of name: model; "teacher" is what the others are compared with.
+``models`` is a dict of name: model; "teacher" is what the others are compared with. `tables` shows what they return.
 """
 
 import itertools
@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from lib.benchmark.decode import decode_call
 from lib.benchmark.models import cache_of_text, llama_cache
+from lib.page import Table, digits
 from lib.timing import Bench, Call, Contenders, sweep
 from modeling_constattn import ConstAttnConfig, cache_nbytes
 
@@ -204,3 +205,48 @@ def cost(models: dict[str, Any], lengths: list[int]) -> list[dict]:
             nbytes = cache_nbytes(cache_after(models[row["contender"]], row["length"]))
             result.append(found | {"seconds": statistics.median(row["runs"]), "cache_bytes": nbytes})
     return result
+
+
+SHOWN = {"positions": ("from", "to"), "needles": ("length",), "stream": ("from", "to"), "cost": ("length",)}
+CAPTIONS = {
+    "positions": "Loss by position in a text, nats per token; same: the likeliest next token is the teacher's",
+    "needles": "One of four numbers that a text mentions, asked for at its end: found, of so many trials",
+    "stream": "Loss along one text, nats per token",
+    "cost": "One more token, median time in ms; the cache, MB",
+}
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Of the lists of rows that stand in ``result`` under the functions' names; a row for each length, columns for each model."""
+    found = []
+    for name, keys in SHOWN.items():
+        rows = result.get(name, [])
+        if not rows:
+            continue
+        models = sorted({row["model"]: None for row in rows}, key=lambda model: model != TEACHER)
+        by_span: dict[tuple, dict[str, dict]] = {}
+        for row in rows:
+            by_span.setdefault(tuple(row[key] for key in keys), {})[row["model"]] = row
+        header, body = ["tokens"], []
+        for model in models:
+            header += [
+                model,
+                *([f"{model}, same"] if any("agreement" in row for row in rows if row["model"] == model) else []),
+            ]
+            header += [f"{model}, cache"] if name == "cost" else []
+        for span, row_of in by_span.items():
+            cells = ["–".join(f"{bound:,}" for bound in span)]
+            for model in models:
+                cells += cells_of(name, row_of.get(model, {}))
+            body.append(cells)
+        found.append(Table(CAPTIONS[name], header, body, figures=True))
+    return found
+
+
+def cells_of(name: str, row: dict[str, Any]) -> list[str]:
+    if name == "needles":
+        return [f"{row['found']} of {row['trials']}" if row else "–"]
+    if name == "cost":
+        return [digits(1e3 * row["seconds"]), digits(row["cache_bytes"] / 1e6)] if "seconds" in row else ["–", "–"]
+    same = [f"{row['agreement']:.1%}"] if "agreement" in row else []
+    return [f"{row['loss']:.3f}" if row else "–", *same]

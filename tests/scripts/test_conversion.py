@@ -13,6 +13,7 @@ import pytest
 import torch
 import train
 import yaml
+from card import make_card
 from conftest import ROOT
 from lib import conversion, probes
 from lib.training import read_run
@@ -346,6 +347,35 @@ def test_what_a_token_costs(models: dict):
     assert ours[0]["cache_bytes"] == ours[1]["cache_bytes"]
     assert theirs[1]["cache_bytes"] == 4 * theirs[0]["cache_bytes"]
     assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_a_comparison_is_kept_measured_in_parts_and_shown_on_the_card(
+    evaluate_script: ModuleType,
+    converted: Path,
+    source: Path,
+    docs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+):
+    folder = shutil.copytree(converted, tmp_path / "model")
+    common = [str(folder), str(docs), "--teacher", str(source), "--output", str(folder / "comparison.json")]
+    evaluate_script.main([*common, "--positions", "100", "--rows", "2"])
+    result = evaluate_script.main([*common, "--needles", "100", "--cost", "8", "--rows", "2"])
+    assert [name for name in probes.SHOWN if name in result] == ["positions", "needles", "cost"]
+    assert json.loads((folder / "comparison.json").read_text()) == result
+    assert "| tokens | teacher | model | model, same |" in capsys.readouterr().out
+    text = str(make_card(folder, folder))
+    loss = {(row["model"], row["from"]): row["loss"] for row in result["positions"]}
+    same = result["positions"][-1]["agreement"]
+    assert f"| 64–99 | {loss['teacher', 64]:.3f} | {loss['model', 64]:.3f} | {same:.1%} |" in text
+    found = {row["model"]: row["found"] for row in result["needles"]}
+    assert f"| 100 | {found['teacher']} of 2 | {found['model']} of 2 |" in text
+    assert "## Beside its source" in text and "from docs.jsonl" in text
+
+    other = evaluate_script.main(
+        [str(folder), str(docs), "--stream", "64", "--output", str(folder / "comparison.json")]
+    )
+    assert "positions" not in other  # of another comparison
 
 
 def test_texts_that_are_too_short_are_named(evaluate_script: ModuleType, converted: Path, docs: Path, tmp_path: Path):
