@@ -92,6 +92,16 @@ def test_tables_of_what_is_there(tmp_path: Path):
     assert results(tmp_path) == first and "1 of 2 cells are done" in (tmp_path / "out/README.md").read_text()
 
 
+def test_results_are_those_of_their_curriculum(tmp_path: Path):
+    plain = run(tmp_path, small_study(mixers=["ours"]))
+    assert "curriculum" not in plain[0]["settings"]["task"]  # as in results that are older than the field
+    stages = [{"share": 0.5, "length": 8, "pairs": 1}]
+    both = run(tmp_path, small_study(mixers=["ours"], task={"curriculum": stages}))
+    assert (
+        both[:1] == plain and both[1]["settings"]["task"]["curriculum"] == stages and both[1]["tokens"] == 4 * (8 + 16)
+    )
+
+
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path):
     whole = run(tmp_path, small_study())
     file = tmp_path / "out/results.jsonl"
@@ -163,6 +173,16 @@ def test_a_hybrid_is_scored_without_each_kind_of_its_layers(tmp_path: Path):
             "task 'recall': kind 'mqa' is unknown; known are text, mqar",
         ),
         (lambda s: s["tasks"]["recall"].update(tests=[1]), "task 'recall': 'tests' is unknown"),
+        (
+            lambda s: s["tasks"]["recall"]["options"].update(pears=1),
+            r"task 'recall': 'pears' is no option of mqar; known are \['pairs', 'vocabulary'\]",
+        ),
+        (
+            lambda s: s["tasks"]["recall"].update(curriculum=[{"share": 0.5, "lenght": 8}]),
+            "'lenght' is no option of mqar",
+        ),
+        (lambda s: s["tasks"]["recall"].update(curriculum=[{"length": 8}]), r"needs a share .*; they are \[0\]"),
+        (lambda s: s["tasks"]["recall"].update(curriculum=[{"share": 0.5}] * 2), r"together below 1.*\[0.5, 0.5\]"),
         (lambda s: s.pop("mixers"), "'mixers' is missing"),
         (lambda s: s["grid"][0].update(learning_rates=["fast"]), "could not convert"),
     ],

@@ -40,7 +40,7 @@ def run(cell: Cell) -> dict[str, Any]:
         "mixer": cell.mixer_name,
         "settings": cell.settings(),
         "parameters": model.num_parameters(),
-        "tokens": task.steps * task.batch * task.length,
+        "tokens": task.tokens,
         "state_floats": constant,
         "state_floats_per_token": per_token,
         "validation": score(model, task, "validation"),
@@ -51,8 +51,10 @@ def run(cell: Cell) -> dict[str, Any]:
 
 
 def train(model: Any, cell: Cell) -> None:
-    tokens, labels = make_rows(cell.task, "train", cell.task.steps * cell.task.batch, cell.task.length, cell.seed)
-    rows = [{"input_ids": row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
+    rows: list[dict] = []
+    for steps, task in cell.task.stages:
+        tokens, labels = make_rows(task, "train", steps * task.batch, task.length, cell.seed + len(rows))
+        rows += [{"input_ids": row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -64,6 +66,7 @@ def train(model: Any, cell: Cell) -> None:
             weight_decay=0.1,
             adam_beta2=0.95,
             seed=cell.seed,
+            train_sampling_strategy="sequential" if cell.task.curriculum else "random",
             save_strategy="no",
             logging_strategy="no",
             report_to="none",

@@ -65,21 +65,40 @@ def selective_copy(
     return tokens, labels
 
 
-NEEDLE, QUESTION, DIGITS = b"\nThe secret number is %s.\n", b"\nThe secret number is ", 4
+QUESTION, DIGITS = b"\nThe secret number%s is ", 4
+NAMES = b"Ada Ben Cleo Dora Emil Finn Gwen Hugo Ines Jack Kira Leon Mira Noah Olga Paul".split()  # no initial twice
 
 
-def needle(count: int, length: int, generator: torch.Generator, *, text: Tensor) -> tuple[Tensor, Tensor]:
-    """A sentence with a number of four digits, somewhere in `length` bytes of text; at the end the number is asked."""
+def needle(
+    count: int, length: int, generator: torch.Generator, *, text: Tensor, distractors: int = 0
+) -> tuple[Tensor, Tensor]:
+    """A sentence with a number of four digits, somewhere in `length` bytes of text; at the end the number is asked. With
+    `distractors`, the number is a person's, and as many sentences in the text tell those of others.
+
+    Raises:
+        ValueError: there are not enough names, or the length has no room for the sentences.
+    """
+    if not 0 <= distractors < len(NAMES):
+        raise ValueError(f"distractors={distractors} must be from 0 to {len(NAMES) - 1}, for whom there are names")
     rows, labels = [], []
     for _ in range(count):
-        number = b"%04d" % int(torch.randint(10**DIGITS, (), generator=generator))
-        hidden, end = NEEDLE % number, QUESTION + number
-        room = length - len(hidden) - len(end)
+        numbers = [b"%04d" % int(torch.randint(10**DIGITS, (), generator=generator)) for _ in range(1 + distractors)]
+        names = [b""]
+        if distractors:
+            chosen = torch.randperm(len(NAMES), generator=generator)[: 1 + distractors]
+            names = [b" of " + NAMES[i] for i in chosen.tolist()]
+        hidden = [QUESTION % name + number + b".\n" for name, number in zip(names, numbers, strict=True)]
+        end = QUESTION % names[0] + numbers[0]
+        room = length - sum(map(len, hidden)) - len(end)
+        if room < 1:
+            raise ValueError(f"a needle and {distractors} distractors need more than the {length} bytes of the row")
         start = int(torch.randint(len(text) - room, (), generator=generator))
-        depth = int(torch.randint(room, (), generator=generator))
-        hay = text[start : start + room].long()
-        pieces = [hay[:depth], torch.tensor(list(hidden)), hay[depth:], torch.tensor(list(end))]
-        rows.append(torch.cat(pieces))
+        depths = torch.randint(room, (1 + distractors,), generator=generator).tolist()
+        hay, pieces, done = text[start : start + room].long(), [], 0
+        for depth, sentence in sorted(zip(depths, hidden, strict=True)):
+            pieces += [hay[done:depth], torch.tensor(list(sentence))]
+            done = depth
+        rows.append(torch.cat([*pieces, hay[done:], torch.tensor(list(end))]))
         labels.append(torch.full((length,), IGNORED))
         labels[-1][-DIGITS:] = rows[-1][-DIGITS:]
     return torch.stack(rows), torch.stack(labels)

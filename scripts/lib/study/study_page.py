@@ -12,6 +12,8 @@ from lib.page import Block, Plot, Table
 from lib.plots import Figure, colormaps, saved
 from lib.study.grid import Cell, Task, key
 
+LEARNED = 0.95  # of the answers at the training length are right where a seed has learned a task of recall
+
 
 def study_page(studies: Sequence[tuple[Path, list[Cell]]], results: list[dict]) -> list[Block]:
     """Of those results that are cells of the studies."""
@@ -20,7 +22,7 @@ def study_page(studies: Sequence[tuple[Path, list[Cell]]], results: list[dict]) 
         "# Quality at constant cost",
         "Written by `scripts/study.py`, whose first lines say what is compared and how. Figures of several seeds are mean ± "
         "standard deviation. The learning rate is the one of the grid that is best on the validation split, by the seeds that "
-        "all rates have.",
+        f"all rates have. A seed has learned a task of recall if {LEARNED:.0%} of its answers are right at the training length.",
     ]
     for file, cells in studies:
         blocks += [f"## {file.stem}", header(file)]
@@ -48,12 +50,19 @@ def header(file: Path) -> str:
 
 
 def task_line(task: Task, found: int, planned: int) -> str:
-    options = "".join(f", {value:,} {name}" for name, value in task.options.items())
-    tokens = task.steps * task.batch * task.length
+    stages = [
+        f"{stage['share']:.0%} of the steps on rows of {own.length:,}{options_of(own)}"
+        for stage, (_, own) in zip(task.curriculum, task.stages, strict=False)
+    ]
+    begins = f", at first {', then '.join(stages)}" if stages else ""
     return (
-        f"`{task.kind}`{options}: trained on {tokens:,} tokens in rows of {task.length:,}, {task.steps:,} steps; "
-        f"{found} of {planned} cells are done."
+        f"`{task.kind}`{options_of(task)}: trained on {task.tokens:,} tokens in rows of {task.length:,}, {task.steps:,} steps"
+        f"{begins}; {found} of {planned} cells are done."
     )
+
+
+def options_of(task: Task) -> str:
+    return "".join(f", {value:,} {name}" for name, value in task.options.items())
 
 
 def summary(name: str, results: list[dict]) -> dict[str, Any]:
@@ -94,6 +103,7 @@ def table(task: Task, rows: list[dict]) -> Table:
     else:
         lengths = rows[0]["runs"][0]["test"]["accuracy"]
         figures = {f"right at {int(length):,}": partial(accuracy_at, length=length) for length in lengths}
+    is_recall = task.kind != "text"
     cells = []
     for row in sorted(rows, key=lambda row: statistics.fmean(cost(run["test"]) for run in row["runs"])):
         runs, rates = row["runs"], list(row["validation"])
@@ -103,8 +113,11 @@ def table(task: Task, rows: list[dict]) -> Table:
         rate = f"{row['learning_rate']:g}" + (" (edge)" if is_edge else "")
         own = [spread([figure(run) for run in runs]) for figure in figures.values()]
         seconds = f"{statistics.median(run['seconds'] for run in runs):.0f}"
-        cells.append([row["mixer"], *own, f"{runs[0]['parameters']:,}", state, rate, str(len(runs)), seconds])
-    header = ["mixer", *figures, "parameters", "state", "learning rate", "seeds", "s a run"]
+        learned = sum(first_accuracy(run) >= LEARNED for run in runs) if is_recall else 0
+        seeds = f"{learned} of {len(runs)}" if is_recall else str(len(runs))
+        cells.append([row["mixer"], *own, seeds, state, f"{runs[0]['parameters']:,}", rate, seconds])
+    seeds = "seeds that learned it" if is_recall else "seeds"
+    header = ["mixer", *figures, seeds, "state", "parameters", "learning rate", "s a run"]
     return Table("", header, cells, figures=True)
 
 
@@ -131,6 +144,11 @@ def ablations(rows: list[dict]) -> list[str]:
     return lines
 
 
+def first_accuracy(run: dict) -> float:
+    """At the training length, which is the first that is scored."""
+    return next(iter(run["test"]["accuracy"].values()))
+
+
 def accuracy_at(run: dict, length: str) -> float:
     return run["test"]["accuracy"][length]
 
@@ -144,7 +162,7 @@ def plot_state(rows: list[dict]) -> bytes:
     for row in rows:
         first = row["runs"][0]
         size = first["state_floats"] + first["state_floats_per_token"] * first["settings"]["task"]["length"]
-        value = statistics.fmean(next(iter(run["test"]["accuracy"].values())) for run in row["runs"])
+        value = statistics.fmean(first_accuracy(run) for run in row["runs"])
         points[row["mixer"]] = [(size, value)]
     return draw("numbers in the state", "share of right answers", (-0.02, 1.05), points)
 

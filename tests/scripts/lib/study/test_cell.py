@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import ROOT
 from lib import mixers
-from lib.study.cell import StudyTrainer, losses, make_rows, source_text, without
-from lib.study.grid import read_study
+from lib.study.cell import StudyTrainer, losses, make_rows, source_text, train, without
+from lib.study.grid import Cell, Task, read_study
 from transformers import TrainingArguments
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -48,6 +48,27 @@ def test_silenced_layers_pass_on_what_they_read():
             hook.remove()
             assert (silenced - whole).abs().max() > 1e-4
         torch.testing.assert_close(model(tokens).logits, whole)  # the model itself is left as it was
+
+
+def test_a_curriculum_is_read_in_its_order():
+    task = Task(
+        "mqar",
+        SMALL,
+        length=16,
+        batch=3,
+        steps=10,
+        options={"pairs": 4, "vocabulary": 64},
+        curriculum=({"share": 0.25, "length": 8, "pairs": 1}, {"share": 0.45, "length": 12, "pairs": 2}),
+    )
+    asked = []
+
+    class Recorder(mixers.VariantForCausalLM):
+        def forward(self, input_ids, labels, **kwargs):
+            asked.append((*input_ids.shape, int((labels != -100).sum(1).unique().item())))
+            return super().forward(input_ids, labels=labels, **kwargs)
+
+    train(Recorder(mixers.VariantConfig(**SMALL)), Cell("", "", task, {}, 0, 1e-3))
+    assert asked == [(3, 8, 1)] * 2 + [(3, 12, 2)] * 5 + [(3, 16, 4)] * 3 and task.tokens == 3 * (16 + 60 + 48)
 
 
 def test_weights_decay_but_for_those_that_peers_exempt(tmp_path: Path):

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from lib.study import recall
@@ -54,6 +56,31 @@ def test_needle_asks_the_number_that_the_text_holds():
         assert whole.count(b"The secret number is " + number) == 2 and bytes(wanted[-4:]) == number
         assert wanted[:-4] == [IGNORED] * 124
         assert whole.replace(b"\nThe secret number is %s.\n" % number, b"")[:60] in b"some text " * 100
+
+
+def test_a_needle_among_others_asks_for_one_persons_number():
+    text = torch.tensor(list(b"some text " * 100), dtype=torch.uint8)
+    tokens, labels = recall.needle(40, 256, generator(), text=text, distractors=3)
+    asked_for = []
+    for row, wanted in zip(tokens.tolist(), labels.tolist(), strict=True):
+        whole = bytes(row)
+        told = re.findall(rb"\nThe secret number of (\w+) is (\d{4})\.\n", whole)
+        name, number = re.search(rb"\nThe secret number of (\w+) is (\d{4})$", whole).groups()
+        assert len(dict(told)) == 4 and dict(told)[name] == number == bytes(wanted[-4:])
+        assert wanted[:-4] == [IGNORED] * 252
+        hay = re.sub(rb"\nThe secret number of \w+ is \d{4}(\.\n|$)", b"", whole)
+        assert hay in b"some text " * 100
+        asked_for.append([person for person, _ in told].index(name))
+    assert set(asked_for) == {0, 1, 2, 3}  # it may be the first, the last or one between
+
+
+@pytest.mark.parametrize(
+    ("length", "distractors", "message"),
+    [(200, 16, "distractors=16 must be from 0 to 15"), (160, 3, "3 distractors need more than the 160 bytes")],
+)
+def test_needles_without_room_are_refused(length, distractors, message):
+    with pytest.raises(ValueError, match=message):
+        recall.needle(9, length, generator(), text=torch.zeros(500, dtype=torch.uint8), distractors=distractors)
 
 
 def test_text_blocks_are_of_the_text():
