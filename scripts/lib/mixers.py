@@ -55,6 +55,10 @@ class VariantConfig(ConstAttnConfig):
             they go to the layers in turn.
         qk_norm: query and key have this root mean square to start with, by an RMSNorm over the slots with a learned gain.
         key_softmax: the keys are normed, by a log-softmax over the slots: each token writes a mass of one.
+        write_gate: with key_softmax, slots compete at a temperature that each head learns, and with a place that is kept nowhere,
+            whose weight it learns: a token writes a mass below one, the less the lower its keys.
+        slot_keys: each slot has the weighted mean of the keys that were written into it, too, and a query reads it by its dot
+            product with that mean, instead of by the query's own number for the slot.
     """
 
     model_type = "constattn_variant"
@@ -70,6 +74,8 @@ class VariantConfig(ConstAttnConfig):
     qk_scale: list[float | int] = dataclasses.field(default_factory=lambda: [1])
     qk_norm: float | int | None = None
     key_softmax: bool = False
+    write_gate: bool = False
+    slot_keys: bool = False
 
     def validate_variant(self):
         for field, known in (
@@ -81,10 +87,12 @@ class VariantConfig(ConstAttnConfig):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field}={getattr(self, field)!r} is unknown; use one of {', '.join(known)}")
         if self.mixer != "constant":
-            own = ["forget", "half_life", "forget_scale", "signed_read", "key_softmax"]
+            own = ["forget", "half_life", "forget_scale", "signed_read", "key_softmax", "slot_keys"]
             own += [] if self.mixer in PEERS else ["share_qk"]
             if given := [name for name in own if getattr(self, name) != getattr(VariantConfig, name)]:
                 raise ValueError(f"mixer='{self.mixer}' does not have {given[0]}={getattr(self, given[0])!r}")
+        if self.write_gate and not self.key_softmax:
+            raise ValueError("write_gate is of keys that compete: key_softmax=True")
         if any(self.induction_heads) and (self.signed_read or self.share_qk or self.forget == "head"):
             raise ValueError("num_induction_heads needs one query, one key and a rate for each slot in every head")
         if self.block_type == "heinsen":
@@ -122,6 +130,8 @@ class VariantAttention(ConstantAttention):
             self.conv_bias = nn.Parameter(torch.zeros(sum(widths))) if self.conv is not None else None
         if config.forget == "overwrite":
             self.write_bias = nn.Parameter(torch.zeros(heads * slots))
+        if config.write_gate:
+            self.log_sharpness, self.unkept = (nn.Parameter(torch.zeros(heads)) for _ in range(2))
         if self.f_proj is not None and (config.mixer != "constant" or config.forget == "overwrite"):
             self.f_proj = None  # type: ignore[assignment]
         elif self.f_proj is not None:
@@ -171,6 +181,8 @@ class VariantAttention(ConstantAttention):
             raise ValueError("the mixers of a study read whole rows, each in one process")
         if self.config.mixer != "constant" and (key_mask is not None or lag_limit is not None):
             raise ValueError(f"mixer='{self.config.mixer}' reads rows without padding, of one document each")
+        if self.config.slot_keys and (key_mask is not None or lag_limit is not None):
+            raise ValueError("slot_keys=True reads rows without padding, of one document each")
         if self.config.mixer == "softmax" and past_key_values is not None:
             raise ValueError("mixer='softmax' has no cache here: use_cache=False")
         if (
@@ -220,16 +232,22 @@ class VariantAttention(ConstantAttention):
         if self.config.share_qk:
             value = value.transpose(1, 2).reshape(B, 1, T, -1)  # one head, whose values are those of all
 
+        match, features = key, value.shape[-1]
         if self.config.forget == "overwrite":
             key = key.float() + self.write_bias.float().view(-1, 1, self.num_slots)
-            key = key.log_softmax(-1) if self.config.key_softmax else F.logsigmoid(key)
+            key = self.competing(key) if self.config.key_softmax else F.logsigmoid(key)
             own_decay = torch.log1p(math.expm1(-self.forget_gate_bound) * key.exp())
             log_decay = own_decay if log_decay is None else own_decay + log_decay
         elif self.config.key_softmax:
-            key = key.float().log_softmax(-1)
+            key = self.competing(key.float())
+        if self.config.slot_keys:
+            value = torch.cat([value, match], -1)
 
         def read(query: Tensor) -> tuple[Tensor, ConstAttnState]:
-            return constant_attention(query, key, value, state, log_decay=log_decay, key_mask=key_mask)
+            if self.config.slot_keys:
+                query = slot_scores(query, match, key, log_decay, state)
+            output, state_after = constant_attention(query, key, value, state, log_decay=log_decay, key_mask=key_mask)
+            return output[..., :features], state_after
 
         if self.config.signed_read:
             first, second = query.unflatten(1, (-1, 2)).unbind(2)
@@ -240,6 +258,14 @@ class VariantAttention(ConstantAttention):
         if self.config.values == "log":
             output = output.log()
         return output.transpose(1, 2).reshape(B, T, H, -1).transpose(1, 2), state_after
+
+    def competing(self, key: Tensor) -> Tensor:
+        """Log-softmax over the slots."""
+        if not self.config.write_gate:
+            return key.log_softmax(-1)
+        key = key * self.log_sharpness.exp()[:, None, None]
+        unkept = self.unkept[:, None, None].expand_as(key[..., :1])
+        return torch.cat([key, unkept], -1).log_softmax(-1)[..., :-1]
 
     def attend_as_peer(
         self, query: Tensor, key: Tensor, value: Tensor, state: ConstAttnState | None, gates: Tensor
@@ -333,6 +359,38 @@ def rotated(x: Tensor, theta: float) -> Tensor:
     return rotate(x, torch.arange(x.shape[2], device=x.device), frequencies)
 
 
+def slot_scores(
+    query: Tensor,
+    match: Tensor,
+    key: Tensor,
+    log_decay: Tensor | None,
+    state: ConstAttnState | None,
+    chunk_size: int = 32,
+) -> Tensor:
+    """query_t · mean_td, of the running means that slot d has of `match`, [B,H,T,K]: weighted as those of values are.
+
+    query, match [B,H,T,D]; key, log_decay as `constant_attention` has them; `state.mean` [B,H,K,·+D] ends with these means.
+    Of slots whose keys fall by more than e^80 within a chunk, those that fall read 0 there.
+    """
+    B, H, _, K = key.shape
+    D = match.shape[-1]
+    log_Z, mean = key.new_full((B, H, K), -torch.inf), match.new_zeros(B, H, K, D)
+    if state is not None:
+        log_Z, mean = state.log_Z.to(key.dtype), state.mean[..., -D:]
+    decay = torch.zeros_like(key[..., :1]) if log_decay is None else log_decay
+    scores = []
+    for q, m, k, f in zip(*(x.split(chunk_size, 2) for x in (query, match, key, decay)), strict=True):
+        forgotten = f.cumsum(2)  # since the chunk began
+        largest = torch.maximum((k - forgotten).amax(2), log_Z).detach()
+        own, before = (k - forgotten - largest[:, :, None]).exp(), (log_Z - largest).exp()  # weights
+        total = (own.cumsum(2) + before[:, :, None]).clamp_min(torch.finfo(own.dtype).tiny)
+        read = (q @ m.transpose(2, 3)).tril() @ own + (q @ mean.transpose(2, 3)) * before[:, :, None]
+        scores.append(read / total)
+        mean = (own.transpose(2, 3) @ m + before[..., None] * mean) / total[:, :, -1, :, None]
+        log_Z = largest + total[:, :, -1].log() + forgotten[:, :, -1]
+    return torch.cat(scores, 2)
+
+
 def linear_attention_with_state(
     query: Tensor, key: Tensor, value: Tensor, state: ConstAttnState | None
 ) -> tuple[Tensor, ConstAttnState]:
@@ -372,6 +430,8 @@ def state_floats(fields: dict[str, Any]) -> tuple[int, int]:
         else:
             weights = 0 if getattr(config, "mixer", "constant") in PEERS else key_heads
             constant += slots * (weights + heads * features)
+            if getattr(config, "slot_keys", False):
+                constant += key_heads * slots * slots
     if config.block_type == "heinsen":
         constant += config.hidden_size  # of the position embedding's recurrence
     return constant, token

@@ -31,6 +31,9 @@ VARIANTS = [
     {"qk_scale": [1.0, 4.0]},
     {"qk_norm": 2.0},
     {"key_softmax": True, "num_induction_heads": 1},
+    {"slot_keys": True},
+    {"slot_keys": True, "num_slots": 8, "use_forget_gate": False, "share_qk": True, "signed_read": True},
+    {"key_softmax": True, "write_gate": True, "forget": "overwrite", "slot_keys": True, "half_life": [1000, 1000]},
     {"num_slots": 32},
 ]
 TOKENS = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -253,6 +256,49 @@ def test_positive_values_scaled_and_normed_keys():
         torch.testing.assert_close(output, quadratic_attention(*inputs), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("T", [1, 31, 32, 33, 70])
+@pytest.mark.parametrize("decays", [False, True], ids=["keeps", "forgets"])
+def test_slot_scores_are_dot_products_with_the_means_of_keys(T: int, decays: bool):
+    torch.manual_seed(0)
+    query, match = (torch.randn(2, 2, T, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    key = (6 * torch.randn(2, 2, T, 5, dtype=torch.float64)).requires_grad_()
+    log_decay = (-0.5 * torch.rand(2, 2, T, 5, dtype=torch.float64)).requires_grad_() if decays else None
+    forgotten = torch.zeros_like(key) if log_decay is None else log_decay.cumsum(2)
+    weights = (key - forgotten)[:, :, None] + forgotten[:, :, :, None]  # [B,H,T,T,K], of token j at t
+    weights = weights.masked_fill(~torch.ones(T, T).tril().bool()[..., None], -torch.inf).softmax(3)
+    wanted = torch.einsum("bhtd,bhtjk,bhjd->bhtk", query, weights, match)
+    scores = mixers.slot_scores(query, match, key, log_decay, None)
+    torch.testing.assert_close(scores, wanted)
+    leaves = [x for x in (query, match, key, log_decay) if x is not None]
+    dy = torch.randn_like(wanted)
+    for grad, wanted_grad in zip(*(torch.autograd.grad(x, leaves, dy) for x in (scores, wanted)), strict=True):
+        torch.testing.assert_close(grad, wanted_grad)
+
+
+def test_slots_with_keys_are_read_by_their_scores():
+    query, key, value = random_inputs()
+    layer = mixer(slot_keys=True)
+    log_decay = -0.5 * torch.rand_like(key)
+    output, state = layer.attend(query, key, value, None, log_decay, None)
+    scores = mixers.slot_scores(query, key, key, log_decay, None)
+    torch.testing.assert_close(output, quadratic_attention(scores, key, value, log_decay=log_decay))
+    means = quadratic_attention(torch.zeros_like(query), key, key, log_decay=log_decay)[:, :, -1]
+    torch.testing.assert_close((state.log_Z.softmax(-1)[..., None] * state.mean[..., 16:]).sum(2).float(), means)
+
+
+def test_a_gate_of_writing_is_a_place_beside_the_slots():
+    query, key, value = random_inputs()
+    layer = mixer(key_softmax=True, write_gate=True)
+    with torch.no_grad():
+        layer.log_sharpness.copy_(torch.tensor([0.0, 1.0]))
+        layer.unkept.copy_(torch.tensor([-1.0, 2.0]))
+    output, _ = layer.attend(query, key, value, None, None, None)
+    sharp = key * torch.tensor([1.0, torch.e])[:, None, None]
+    written = sharp - torch.logaddexp(sharp.logsumexp(-1), torch.tensor([-1.0, 2.0])[:, None])[..., None]
+    assert (written.exp().sum(-1) < 0.999).all()
+    torch.testing.assert_close(output, quadratic_attention(query, written, value), atol=1e-5, rtol=1e-5)
+
+
 def test_overwriting_moves_a_slots_mean_by_what_is_written():
     query, key, value = random_inputs()
     layer = mixer(forget="overwrite", qk_scale=[2.0], half_life=[3, 60])
@@ -327,6 +373,8 @@ def test_what_the_others_cannot_do():
             model(TOKENS[:, 20:21], past_key_values=cache)
     with pytest.raises(ValueError, match="mixer='softmax' has no cache here"):
         mixers.build(BASE | {"mixer": "softmax"})(TOKENS, use_cache=True)
+    with pytest.raises(ValueError, match="slot_keys=True reads rows without padding"):
+        mixers.build(BASE | {"slot_keys": True})(TOKENS, attention_mask=mask)
     model = mixers.build(BASE | {"mixer": "linear"})
     cache = model(TOKENS, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="reads a text in one call, then token by token"):
@@ -358,6 +406,7 @@ def test_a_new_gate_forgets_half_after_its_half_life(fields, half_lives):
         {"num_slots": 24},
         {"block_type": "heinsen"},
         {"conv_kernel_size": 1},
+        {"slot_keys": True, "num_slots": 24},
         {"mixer": "linear"},
         {"mixer": "gated_deltanet", "num_slots": 24},
         {"mixer": "mamba2"},
@@ -385,6 +434,8 @@ def test_the_counted_state_of_softmax_and_windows():
         ({"mixer": "cosine"}, "mixer='cosine' is unknown; use one of constant, softmax, linear, gated_deltanet"),
         ({"mixer": "mamba2", "forget": "head"}, "mixer='mamba2' does not have forget='head'"),
         ({"mixer": "gated_deltanet", "signed_read": True}, "mixer='gated_deltanet' does not have signed_read=True"),
+        ({"write_gate": True}, "write_gate is of keys that compete: key_softmax=True"),
+        ({"mixer": "mamba2", "slot_keys": True}, "mixer='mamba2' does not have slot_keys=True"),
         ({"mixer": "softmax", "share_qk": True}, "mixer='softmax' does not have share_qk=True"),
         ({"forget_gates": True}, "'forget_gates' is a field neither of ConstAttnConfig nor of a variant"),
         ({"block_type": "heinsen", "signed_read": True}, "the paper's own block"),
