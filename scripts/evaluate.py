@@ -37,12 +37,11 @@ from lib.probes import TEACHER
 from lib.sources import load_teacher
 from lib.staging import staged_file
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from modeling_constattn import speed_up_cpu_inference
 
 SCRIPTS = Path(__file__).resolve().parent
-CHUNK = 2048  # tokens read in one call of the model; bounds the memory, changes nothing else
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -172,15 +171,14 @@ def text_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple
 @torch.inference_mode()
 def score(model: Any, tokens: Iterator[tuple[int, int]]) -> tuple[float, int]:
     """The negative log likelihood in nats of those (token, 0 or 1) that have a 1, and how many they are."""
-    last, cache, nll, length = next(tokens)[0], None, 0.0, 0
-    while chunk := list(itertools.islice(tokens, CHUNK)):
-        targets, counts = torch.tensor(chunk, device=model.device).unbind(1)
-        inputs = torch.cat([targets.new_tensor([last]), targets[:-1]])
-        output = model(input_ids=inputs[None], past_key_values=cache, use_cache=True)
-        losses = torch.nn.functional.cross_entropy(output.logits[0].float(), targets, reduction="none")
+    pairs, cache, nll, length = itertools.pairwise(tokens), DynamicCache(config=model.config), 0.0, 0
+    while piece := list(itertools.islice(pairs, probes.CHUNK)):
+        given, following = torch.tensor(piece).unbind(1)  # each [n, (token, 0 or 1)]
+        (logits,) = probes.read(model, [given[None, :, 0]], cache)
+        targets, counts = following.to(logits.device).unbind(1)
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         nll += (losses.double() * counts).sum().item()
         length += int(counts.sum())
-        last, cache = chunk[-1][0], output.past_key_values
     return nll, length
 
 

@@ -12,6 +12,6 @@ $bin/python -m ruff format --check .
 $bin/python -m ruff check .
 $bin/python -m mypy
 if [[ $# -eq 0 ]]; then
-    set -- --numprocesses "$(nproc)" --maxprocesses 8 --dist loadscope
+    set -- --numprocesses "$(nproc)" --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 fi
 $bin/python -m pytest -q "$@"

@@ -1,7 +1,8 @@
 """For all tests: no network, one thread, caches in a folder that goes away, the scripts importable, small texts, a tiny model.
 
-scripts/test.sh runs them in several processes, one file or class of tests in one of them, so that what these share is made once.
-The process that hands them out imports this file too: hence no torch up here.
+scripts/test.sh runs them in several processes, one file or class of tests in one of them, so that what these share is made once;
+the longest first, so that none is left with one of them at the end. The process that hands them out imports this file too: hence
+no torch up here.
 """
 
 import importlib.util
@@ -22,8 +23,18 @@ os.environ["HF_HOME"] = _caches.name  # before the libraries read it
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Also of the processes that tests start. Tensors are small here: threads would wait for each other, and for other tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One process compiles: the others have tests of their own.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Behind all else: scripts/evaluate.py has the name of a library.
 sys.path.append(str(ROOT / "scripts"))
+
+LONGEST = ["benchmark", "gpu_check", "triton_constattn", "context_constattn", "export", "modeling_constattn", "train"]
+LONGEST += ["transformers_common", "tools", "conversion", "report", "study", "chat", "publish"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,10 +4,7 @@ import collections
 import contextlib
 import functools
 import json
-import os
 import re
-import socket
-import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
@@ -23,6 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import ParallelismConfig
 from conftest import ROOT
 from lib import exchanges
+from processes import free_port, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainingArguments, default_data_collator
@@ -59,12 +57,6 @@ def make_model(kind: str, layers: int = 2, **other: int) -> ConstAttnForCausalLM
     return model
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
 # ------------------------------------------------------------------------------------------------------ several processes
 
 # Shards of 37 tokens, of any lengths: shorter than a convolution, than a window, and so long that tokens depart in most.
@@ -88,7 +80,7 @@ def inputs(form: str) -> dict[str, torch.Tensor]:
     return batch
 
 
-def run(model: ConstAttnForCausalLM, batch: dict[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Tensor]]:
+def read(model: ConstAttnForCausalLM, batch: dict[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Tensor]]:
     model.zero_grad()
     output = model(**batch, use_cache="position_ids" not in batch)
     output.loss.backward()
@@ -105,7 +97,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @functools.cache
 def one_process(kind: str, form: str) -> tuple[Any, dict[str, torch.Tensor]]:
-    return run(make_model(kind).double().train(), inputs(form))
+    return read(make_model(kind).double().train(), inputs(form))
 
 
 def compare(kind: str, form: str, size: int, group: Any, checkpointing: bool = False) -> dict[str, float]:
@@ -116,7 +108,7 @@ def compare(kind: str, form: str, size: int, group: Any, checkpointing: bool = F
     if checkpointing:
         model.activation_checkpointing_enable()
     model.set_context_parallel(group)
-    output, gradients = run(model, {name: x.split(LENGTHS[size], 1)[rank] for name, x in batch.items()})
+    output, gradients = read(model, {name: x.split(LENGTHS[size], 1)[rank] for name, x in batch.items()})
     result = {
         "logits": error(output.logits, expected.logits.split(LENGTHS[size], 1)[rank]),
         "loss": error(output.loss, expected.loss),
@@ -236,7 +228,7 @@ def work(rank: int, port: int, folder: str) -> None:
 def results(tmp_path_factory) -> dict[str, list[dict[str, float]]]:
     """By case, what each process found."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(work, args=(free_port(), str(folder)), nprocs=4, start_method="spawn")
+    mp.start_processes(work, args=(free_port(), str(folder)), nprocs=4, start_method="forkserver")
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
     return {case: [found[case] for found in ranks if case in found] for case in ranks[0]}
 
@@ -311,12 +303,7 @@ def test_the_lines_for_a_trainer(how, tmp_path):
         "trainer.save_model('trained')\nif trainer.is_world_process_zero(): trainer.state.save_to_json('log.json')\n"
     )
     (tmp_path / "long.py").write_text(f"rows = {rows}\n{lines}")
-    launch = ["torch.distributed.run", "--nproc-per-node", "4", "--master-port", str(free_port()), "long.py"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", *launch], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run([sys.executable, "long.py"], cwd=tmp_path, processes=4)
 
     model = ConstAttnForCausalLM.from_pretrained(tmp_path / "checkpoint")
     arguments = TrainingArguments(str(tmp_path / "one"), per_device_train_batch_size=2, **SETTINGS)

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import same_gradients, stirred
 from conftest import ROOT
 from datasets import Dataset
 from lib import training
+from processes import free_port, run
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast, StaticCache
 
 from modeling_constattn import ConstAttnConfig, ConstAttnForCausalLM
@@ -43,13 +45,7 @@ kinds = pytest.mark.parametrize("kind", FAMILY)
 def make_model(kind: str) -> ConstAttnForCausalLM:
     torch.manual_seed(0)
     small = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    model = ConstAttnForCausalLM(ConstAttnConfig(**small, num_attention_heads=4, **FAMILY[kind])).eval()
-    for (
-        name,
-        parameter,
-    ) in model.named_parameters():  # away from the small initial weights, where every path looks alike
-        parameter.data.add_(torch.randn_like(parameter) * 0.1 + 5.0 * name.endswith("slot_q.bias"))
-    return model
+    return stirred(ConstAttnForCausalLM(ConstAttnConfig(**small, num_attention_heads=4, **FAMILY[kind]))).eval()
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +73,6 @@ def checkpoint(tokenizer, tmp_path_factory) -> Path:
 
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 # ------------------------------------------------------------------------------------------------------------- fine-tuning
@@ -190,13 +180,7 @@ def test_trl_sft_sees_each_chat_alone(kind, rows, tokenizer, tmp_path):
     documents = batch["input_ids"][0].tensor_split(starts[1:])
     alone = torch.cat([model(document[None]).logits[0] for document in documents])
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
-    parameters = list(model.parameters())
-    for grad, expected in zip(
-        torch.autograd.grad(packed.square().mean(), parameters),
-        torch.autograd.grad(alone.square().mean(), parameters),
-        strict=True,
-    ):
-        torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    same_gradients(model, packed, alone, 1e-3)
 
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -416,11 +400,12 @@ def train_several(checkpoint: Path, folder: Path, how: str = "none", processes: 
     """What the script above prints, and the logits of the model that it saves."""
     script, output = folder / "several.py", folder / f"{Path(how).stem}-{processes}"
     script.write_text(textwrap.dedent(SEVERAL))
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
-    command = [sys.executable, *(launch if processes > 1 else []), script, checkpoint, output, how]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = (line for line in done.stdout.splitlines() if "RESULT" in line)
+    command, started = [script, checkpoint, output, how], processes
+    if how == "none" and processes > 1:  # by torchrun itself
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", free_port()]
+        command, started = [*launch, *command], 1
+    printed = run([sys.executable, *command], env=environment(), processes=started)
+    (line,) = (line for line in printed.splitlines() if "RESULT" in line)
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(output)(torch.arange(24)[None]).logits
     return json.loads(line.split("RESULT")[1]), logits

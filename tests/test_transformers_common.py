@@ -41,13 +41,11 @@ STAND_INS = {
     ),
     "distributed_testing_utils.py": """
 import functools
-import socket
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-
-mp.get_context("forkserver").set_forkserver_preload(["modeling_constattn", "transformers_tests.test_fsdp_mixin"])
+from processes import free_port
 
 
 def _get_distributed_device_type():
@@ -82,10 +80,7 @@ def _rank(rank, function, world_size, port, args):
 def run_distributed(world_size):
     def start(function):
         def run(*args):
-            with socket.socket() as free:
-                free.bind(("localhost", 0))
-                port = free.getsockname()[1]
-            _start_rank_processes(_rank, (function, world_size, port, args), world_size)
+            _start_rank_processes(_rank, (function, world_size, free_port(), args), world_size)
 
         return run
 

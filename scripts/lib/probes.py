@@ -42,11 +42,12 @@ def token_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length:
     ]
 
 
-def logits_in_chunks(model: Any, ids: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Logits [n,vocabulary], float32, of the tokens of ids [1,T] in their order."""
-    cache = DynamicCache(config=model.config)
-    for chunk in ids.split(CHUNK, 1):
-        yield model(input_ids=chunk.to(model.device), past_key_values=cache, use_cache=True).logits[0].float()
+def read(model: Any, pieces: Iterable[torch.Tensor], cache: Any = None, **arguments: Any) -> Iterator[torch.Tensor]:
+    """Logits [n,vocabulary], float32, of each piece [1,n] of a text, which goes on from the one before."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    for piece in pieces:
+        output = model(input_ids=piece.to(model.device), past_key_values=cache, use_cache=True, **arguments)
+        yield output.logits[0].float()
 
 
 @torch.inference_mode()
@@ -62,7 +63,7 @@ def by_position(
     models = dict(sorted(models.items(), key=lambda item: item[0] != TEACHER))  # the teacher first
     totals = {name: torch.zeros(3, length - 1, dtype=torch.float64) for name in models}
     for ids in tqdm(ids_rows, desc="positions", unit="row"):
-        chunks = {name: logits_in_chunks(model, ids) for name, model in models.items()}
+        chunks = {name: read(model, ids.split(CHUNK, 1)) for name, model in models.items()}
         for start in range(0, length - 1, CHUNK):
             end = min(start + CHUNK, length - 1)
             target, wanted = ids[0, start + 1 : end + 1, None], None
@@ -102,7 +103,7 @@ def stream(models: dict[str, Any], texts: Iterable[str], tokenizer: PreTrainedTo
     result = []
     for name, model in models.items():
         losses, start = [], 0
-        for logits in tqdm(logits_in_chunks(model, ids), desc=f"stream, {name}", total=-(-length // CHUNK)):
+        for logits in read(model, tqdm(ids.split(CHUNK, 1), desc=f"stream, {name}")):
             targets = ids[0, start + 1 : start + 1 + len(logits)]
             losses.append(F.cross_entropy(logits[: len(targets)].cpu(), targets, reduction="none").double())
             start += len(logits)
@@ -173,12 +174,10 @@ def haystack(
 
 def greedy(model: Any, ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
     cache, tokens = DynamicCache(config=model.config), []
-    for chunk in ids.split(CHUNK, 1):
-        logits = model(input_ids=chunk.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    *_, logits = read(model, ids.split(CHUNK, 1), cache, logits_to_keep=1)
     for _ in range(ANSWER_TOKENS):
-        tokens.append(int(logits[0, -1].argmax()))
-        last = torch.tensor([tokens[-1:]], device=model.device)
-        logits = model(input_ids=last, past_key_values=cache, use_cache=True).logits
+        tokens.append(int(logits[-1].argmax()))
+        (logits,) = read(model, [torch.tensor([tokens[-1:]])], cache)
     return tokenizer.decode(tokens)
 
 

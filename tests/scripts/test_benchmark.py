@@ -12,6 +12,7 @@ from conftest import ROOT
 pytest.importorskip("matplotlib", reason="the plots need matplotlib: pip install -e '.[report]'")
 
 import benchmark
+import processes
 from lib.benchmark import (
     context,
     cost_page,
@@ -23,6 +24,7 @@ from lib.benchmark import (
     prefill,
     restore,
     serve,
+    servers,
     sessions,
     train,
 )
@@ -42,6 +44,8 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cost") / "new"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+        patch.setattr(servers, "subprocess", processes)
+        patch.setattr(context.mp, "start_processes", partial(processes.start, context.mp.start_processes))
         patch.setattr(serve, "ANSWER", 2)
         patch.setattr(newcomer, "ANSWER", 4)
         benchmark.main(["all", "--quick", "--device", "cpu", "--lengths", str(LENGTH), "--output", str(folder)])

@@ -213,7 +213,7 @@ def test_the_score_is_that_of_the_answers(
                 tokens, size = tokens + answer.shape[1], size + len(message["content"])
     assert (result["documents"], result["tokens"], result["bytes"]) == (40, tokens, size)
     assert result["loss"] == pytest.approx(nll / tokens, rel=1e-5)
-    monkeypatch.setattr(evaluate_script, "CHUNK", 3)
+    monkeypatch.setattr(evaluate_script.probes, "CHUNK", 3)
     assert evaluate_script.main([str(chat_model), str(chats), "--chat"])["loss"] == pytest.approx(
         nll / tokens, rel=1e-5
     )

@@ -52,7 +52,7 @@ def test_the_chunk_length_changes_nothing(
 ):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(trained), AutoTokenizer.from_pretrained(trained)
     whole = evaluate_script.score(model, evaluate_script.text_tokens(texts[0], tokenizer))
-    monkeypatch.setattr(evaluate_script, "CHUNK", chunk)
+    monkeypatch.setattr(evaluate_script.probes, "CHUNK", chunk)
     assert evaluate_script.score(model, evaluate_script.text_tokens(texts[0], tokenizer)) == pytest.approx(
         whole, rel=1e-6
     )

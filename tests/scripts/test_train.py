@@ -4,7 +4,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import processes
 import pytest
 import torch
 import train
@@ -40,30 +40,10 @@ def summary(folder: Path) -> dict:
 
 def test_four_processes_read_rows_in_pairs(trained: Path, run_file: Path, tmp_path: Path):
     """Data parallel and context parallel at once, each batch half as many rows in a process: the same model as from one process."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "4",
-        "--master-port",
-        str(port),
-        ROOT / "scripts/train.py",
-    ]
     overrides = ["context_parallel=2", "training.per_device_train_batch_size=2", "training.save_strategy=no"]
     overrides += ["training.per_device_eval_batch_size=1"]  # of larger ones, Trainer weighs the last by repeating rows
-    command = [
-        sys.executable,
-        *launch,
-        run_file,
-        *overrides,
-        "training.use_cpu=true",
-        f"training.output_dir={tmp_path / 'out'}",
-    ]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    overrides += ["training.use_cpu=true", f"training.output_dir={tmp_path / 'out'}"]
+    processes.run([sys.executable, ROOT / "scripts/train.py", run_file, *overrides], processes=4)
     result, expected = summary(tmp_path / "out"), summary(trained)
     assert (result["steps"], result["tokens"]) == (expected["steps"], expected["tokens"])
     assert result["loss"] == pytest.approx(expected["loss"], rel=1e-3)

@@ -46,13 +46,9 @@ def measure(bench: Bench, config: Any, lengths: tuple[int, ...]) -> dict:
 
 
 def measure_restart(bench: Bench, config: Any, lengths: tuple[int, ...]) -> dict:
-    model = models.new_model(bench, config)
-    facts = models.model_facts({models.MODEL: model})
-    with tempfile.TemporaryDirectory() as folder:
-        servers.save_with_words(model, Path(folder, "model"))
-        del model
+    with servers.saved(bench, config) as (folder, facts):
         bar = tqdm(lengths, desc="restart", unit="length")
-        rows = [row for length in bar for row in compared(SERVED, length, served(bench, Path(folder), length))]
+        rows = [row for length in bar for row in compared(SERVED, length, served(bench, folder, length))]
     remark = "The state after one more turn is that of the server which was not restarted, bit for bit."
     return {"rows": rows, "remarks": {SERVED: remark}} | facts
 

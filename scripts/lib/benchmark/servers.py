@@ -23,7 +23,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from lib.timing import Unavailable
+from lib.benchmark import models
+from lib.timing import Bench, Unavailable
 
 SCRIPTS = Path(__file__).resolve().parents[2]
 START_SECONDS = 180
@@ -37,6 +38,17 @@ def save_with_words(model: Any, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE).save_pretrained(folder)
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def saved(bench: Bench, config: Any) -> Iterator[tuple[Path, dict]]:
+    """A folder whose `model` is a checkpoint of that config, and what is said of it; the model itself is gone."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = models.new_model(bench, config)
+        save_with_words(model, Path(folder, "model"))
+        facts = models.model_facts({models.MODEL: model})
+        del model
+        yield Path(folder), facts
 
 
 def words(count: int) -> str:

@@ -1,9 +1,7 @@
 """sessions: the server's memory while sessions come and go."""
 
 import asyncio
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,13 +18,9 @@ PROMPT, ANSWER = 32, 4  # tokens of each of the two turns of a session
 
 
 def measure(bench: Bench, config: Any, lengths: tuple[int, ...]) -> dict:
-    model = models.new_model(bench, config)
-    facts = models.model_facts({models.MODEL: model})
-    with tempfile.TemporaryDirectory() as folder:
-        servers.save_with_words(model, Path(folder, "model"))
-        del model
+    with servers.saved(bench, config) as (folder, facts):
         limits = ("--max-sessions", IN_MEMORY, "--max-stored", ON_DISK)
-        with servers.ours(Path(folder, "model"), bench.device, Path(folder, "sessions"), *limits) as served:
+        with servers.ours(folder / "model", bench.device, folder / "sessions", *limits) as served:
             rows, seconds = asyncio.run(come_and_go(served, bench.budget, lengths))
     done = [row for row in rows if "left_out" not in row]
     remark = f"{done[-1]['length']:,} sessions in {seconds / 60:,.1f} minutes" if done else "No session"
