@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from checks import stirred
 from torch import nn
 from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 
@@ -200,13 +201,7 @@ FAMILY = {
 
 def make_model(kind, seed=0, **fields):
     torch.manual_seed(seed)
-    model = ConstAttnForCausalLM(ConstAttnConfig(**(SMALL | FAMILY[kind] | fields))).eval()
-    for (
-        name,
-        parameter,
-    ) in model.named_parameters():  # away from the small initial weights, where every path looks alike
-        parameter.data.add_(torch.randn_like(parameter) * 0.1 + 5.0 * name.endswith("slot_q.bias"))
-    return model
+    return stirred(ConstAttnForCausalLM(ConstAttnConfig(**(SMALL | FAMILY[kind] | fields)))).eval()
 
 
 @pytest.fixture(scope="module", params=list(FAMILY))

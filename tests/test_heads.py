@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checks import close, stirred
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -48,19 +49,12 @@ def make_config(is_causal: bool, **fields) -> ConstAttnConfig:
 
 def make_model(model_class, is_causal=False, **fields):
     torch.manual_seed(0)
-    model = model_class(make_config(is_causal, **fields)).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    return stirred(model_class(make_config(is_causal, **fields))).eval()
 
 
 @pytest.fixture(scope="module")
 def ids():
     return torch.randint(1, 60, (2, 40), generator=torch.Generator().manual_seed(0))
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- bidirectional models

@@ -11,6 +11,7 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import close, same_gradients, stirred
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -70,13 +71,7 @@ def make_model(kind: str, **fields) -> ConstAttnForCausalLM:
     torch.manual_seed(0)
     small = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = ConstAttnConfig(**(small | {"num_attention_heads": 4} | FAMILY[kind] | fields))
-    model = ConstAttnForCausalLM(config).eval()
-    for (
-        name,
-        parameter,
-    ) in model.named_parameters():  # away from the small initial weights, where every path looks alike
-        parameter.data.add_(torch.randn_like(parameter) * 0.1 + 5.0 * name.endswith("slot_q.bias"))
-    return model
+    return stirred(ConstAttnForCausalLM(config)).eval()
 
 
 def make_masked() -> ConstAttnForMaskedLM:
@@ -95,10 +90,6 @@ def model(request):
 @pytest.fixture(scope="module")
 def ids():
     return torch.randint(0, VOCAB, (2, 90), generator=torch.Generator().manual_seed(0))
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,13 +169,7 @@ def test_gradients_with_padding_anywhere_are_those_of_each_row_alone(kind):
     logits = model(ids, attention_mask=mask.long()).logits[mask]
     alone = torch.cat([model(row[real][None]).logits[0] for row, real in zip(ids, mask, strict=True)])
     torch.testing.assert_close(logits, alone, rtol=1e-6, atol=1e-6)
-    parameters = list(model.parameters())
-    for grad, expected in zip(
-        torch.autograd.grad(logits.square().mean(), parameters),
-        torch.autograd.grad(alone.square().mean(), parameters),
-        strict=True,
-    ):
-        torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    same_gradients(model, logits, alone, 1e-5)
 
 
 @torch.no_grad()
@@ -232,13 +217,7 @@ def test_packed_documents_are_each_document_alone(model, ids, sent):
     packed = model(**batch).logits[0]
     alone = torch.cat([model(document[None]).logits[0] for document in documents])
     torch.testing.assert_close(packed, alone, rtol=1e-6, atol=1e-6)  # "heinsen" blocks attend in float32
-    parameters = list(model.parameters())
-    for grad, expected in zip(
-        torch.autograd.grad(packed.square().sum(), parameters),
-        torch.autograd.grad(alone.square().sum(), parameters),
-        strict=True,
-    ):
-        torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    same_gradients(model, packed, alone, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -519,13 +498,16 @@ ONE_LAYER = {"default": {}, "compressed": {"mixer_types": ["compressed_attention
 compiled_kinds = pytest.mark.parametrize("kind", ONE_LAYER)
 
 
-@pytest.mark.parametrize(("kind", "faster"), [("default", False), ("default", True), ("compressed", True)])
-def test_decode_step_compiles_once(ids, kind, faster):
+@pytest.mark.parametrize(
+    ("kind", "faster", "backend"),
+    [("default", False, "aot_eager"), ("default", True, "inductor"), ("compressed", True, "inductor")],
+)
+def test_decode_step_compiles_once(ids, kind, faster, backend):
     """One full graph, which neither the context's length nor a new prompt makes compile again."""
     model = speed_up_cpu_inference(make_model(kind, num_hidden_layers=1, **ONE_LAYER[kind]), faster)
     torch._dynamo.reset()
     expected = [model.generate(ids[:, :n], **GREEDY) for n in (4, 33)]
-    counter = CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend(backend)
     step = torch.compile(model.forward, backend=counter, fullgraph=True)
 
     for n, sequence in zip((4, 33), expected, strict=True):
@@ -608,35 +590,45 @@ def test_save_and_load(model, ids, tmp_path, max_shard_size):
     assert AutoConfig.from_pretrained(tmp_path).auto_map == AUTO_MAP
 
 
-def test_remote_code_needs_no_package(model, ids, tmp_path, without_package):
-    """In a process that cannot import the package: load, generate, save again, load again; a state to a file and back."""
-    folder, again = tmp_path / "first", tmp_path / "again"
-    model.save_pretrained(folder)
-    expected = model.generate(ids[:, :10], **GREEDY)
+@pytest.fixture(scope="module")
+def without_the_package(ids, without_package, tmp_path_factory):
+    """A folder with the model of each kind, as it was saved and as it was saved again, and what the one generates that was loaded
+    from there, in a process that cannot import the package."""
+    folder = tmp_path_factory.mktemp("remote")
+    for kind in FAMILY:
+        make_model(kind).save_pretrained(folder / kind)
     script = f"""
-        import importlib.util, sys, torch
+        import importlib.util, json, sys, torch
         from transformers import AutoModel, AutoModelForCausalLM
         assert importlib.util.find_spec("modeling_constattn") is None
-        model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
-        model.save_pretrained({str(again)!r})
-        AutoModel.from_pretrained({str(again)!r}, trust_remote_code=True)
-        model = AutoModelForCausalLM.from_pretrained({str(again)!r}, trust_remote_code=True)
-        ids = torch.tensor({ids[:, :10].tolist()})
-        code, cache = sys.modules[type(model).__module__], model(ids, use_cache=True).past_key_values
-        code.save_cache(cache, "state.safetensors", model)
-        assert code.load_cache("state.safetensors", model).get_seq_length() == 10
-        print(model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0).tolist())
+        ids, generated = torch.tensor({ids[:, :10].tolist()}), {{}}
+        for kind in {list(FAMILY)}:
+            AutoModelForCausalLM.from_pretrained(kind, trust_remote_code=True).save_pretrained(f"{{kind}} again")
+            AutoModel.from_pretrained(f"{{kind}} again", trust_remote_code=True)
+            model = AutoModelForCausalLM.from_pretrained(f"{{kind}} again", trust_remote_code=True)
+            code, cache = sys.modules[type(model).__module__], model(ids, use_cache=True).past_key_values
+            code.save_cache(cache, "state.safetensors", model)
+            assert code.load_cache("state.safetensors", model).get_seq_length() == 10
+            generated[kind] = model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0).tolist()
+        print(json.dumps(generated))
         """
     result = subprocess.run(
         [sys.executable, "-S", "-c", textwrap.dedent(script)],
-        cwd=tmp_path,
-        env=without_package | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
+        cwd=folder,
+        env=without_package | {"HF_MODULES_CACHE": str(folder / "modules")},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1]) == expected.tolist()
-    assert json.loads((again / "config.json").read_text())["auto_map"] == AUTO_MAP
+    return folder, json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_remote_code_needs_no_package(kind, ids, without_the_package):
+    """Load, generate, save again, load again; a state to a file and back."""
+    folder, generated = without_the_package
+    assert generated[kind] == make_model(kind).generate(ids[:, :10], **GREEDY).tolist()
+    assert json.loads((folder / f"{kind} again/config.json").read_text())["auto_map"] == AUTO_MAP
 
 
 def test_damaged_checkpoint_is_refused(tmp_path):

@@ -171,7 +171,7 @@ def test_masked_and_empty(decay):
 @pytest.mark.parametrize("scale", [20, 1000])
 @pytest.mark.parametrize("decay", [None, "slot", "documents"])
 def test_large_inputs(scale, decay):
-    check(T=130, scale=scale, decay=decay, empty=decay is None)
+    check(T=65, scale=scale, decay=decay, empty=decay is None)
 
 
 @needs_kernels

@@ -31,10 +31,7 @@ BARE = (
 )
 
 
-def rehearse(output: Path, *options: str, python: str = sys.executable, **environment: str) -> list[dict]:
-    command = [python, "scripts/gpu_check.py", "--rehearse", "--seconds", "3000", "--output", str(output), *options]
-    run = subprocess.run(command, env=os.environ | environment, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
+def results(output: Path) -> list[dict]:
     rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
     for name in {row["contender"] for row in rows if "contender" in row}:
         assert f"| {name} |" in (output / "README.md").read_text()
@@ -42,7 +39,8 @@ def rehearse(output: Path, *options: str, python: str = sys.executable, **enviro
 
 
 def test_every_step_runs(tmp_path: Path):
-    rows = rehearse(tmp_path)
+    gpu_check.main(["--rehearse", "--seconds", "3000", "--output", str(tmp_path)])
+    rows = results(tmp_path)
     assert [row for row in rows if "error" in row] == []
     steps = list(dict.fromkeys(row["step"] for row in rows))
     assert steps == list(STEPS)
@@ -67,9 +65,11 @@ def test_torch_and_triton_are_enough(tmp_path: Path):
                 if entry.name.partition(".")[0].partition("-")[0].lower() in BARE or entry.name.startswith("numpy"):
                     (site / entry.name).symlink_to(entry.path)
     venv.create(tmp_path / "python")
-    python = str(tmp_path / "python/bin/python")
-    steps = ("environment", "exactness", "tests", "op", "train")
-    rows = rehearse(tmp_path / "new", "--steps", *steps, python=python, PYTHONPATH=str(site))
+    command = [tmp_path / "python/bin/python", "scripts/gpu_check.py", "--rehearse", "--seconds", "3000"]
+    command += ["--output", tmp_path / "new", "--steps", "environment", "exactness", "tests", "op", "train"]
+    run = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(site)}, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = results(tmp_path / "new")
     assert rows[0]["transformers"] == "missing"
     errors = {row["step"]: row["error"] for row in rows if "error" in row}
     assert errors.keys() == {"train"} and "No module named" in errors["train"]
