@@ -4,8 +4,9 @@
 
 The source, with its full attention; a window with four sinks, which needs no training and is the baseline to beat; windows with
 kept tokens, from few to many; the same with the slots of a training (`train.py configuration/conversion/align.yaml`), and slots
-without kept tokens. `--model NAME=FOLDER` adds a checkpoint, of `distil` for example. Each reads the beginnings of the same texts;
-the loss in nats per token stands by position, beside how much it is above the source's. Writes results.json and README.md into
+without kept tokens. `--model NAME=FOLDER` adds a checkpoint, of `distil` for example, and what is left of it without its slots,
+without kept tokens, and with slots alone. Each reads the beginnings of the same texts; the loss in nats per token stands by
+position, beside how much it is above the source's. Writes results.json and README.md into
 `--output`.
 """
 
@@ -32,9 +33,16 @@ SETTINGS: dict[str, dict[str, int]] = {  # the first of the exact tokens, then t
     "window 256 + 64 kept": {"sliding_window": 256, "num_kept_tokens": 64},
     "window 256 + 128 kept": {"sliding_window": 256, "num_kept_tokens": 128},
     "window 256 + 512 kept": {"sliding_window": 256, "num_kept_tokens": 512},
+    "window 256 + 768 kept": {"sliding_window": 256, "num_kept_tokens": 768},
 }
 WITH_SLOTS = (BASELINE, "window 256 + 64 kept", "window 256 + 128 kept", "window 256 + 512 kept")
 SLOTS_ALONE = {"sliding_window": 1, "num_kept_tokens": 4}
+PARTS = {  # of a trained model: what else it is read with
+    "without its slots": {"num_slots": 0},
+    "with 4 sinks alone": {"num_kept_tokens": 4},
+    "its slots and 4 sinks alone": SLOTS_ALONE,
+    "with 512 kept": {"num_kept_tokens": 512},
+}
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -69,11 +77,15 @@ def main(arguments: list[str] | None = None) -> dict:
         for name in WITH_SLOTS:
             convert(f"{name} + slots", SETTINGS[name], options.slots)
         convert("4 sinks + slots", SLOTS_ALONE, options.slots)
+    model_tokens = {}
     for named in options.model:
         name, equals, folder = named.partition("=")
         if not equals:
             raise SystemExit(f"error: --model '{named}' is not of the form NAME=FOLDER")
         models[name] = load_model(folder, source.tokenizer).eval()
+        model_tokens[name] = tokens_of(Path(folder))
+        for part, settings in PARTS.items():
+            models[f"{name}, {part}"] = build(models[name].config.to_dict() | settings, models[name])
 
     texts = (row["text"] for row in load_documents(options.data, "text") if row["text"])
     parts = probes.by_position(models, texts, source.tokenizer, options.tokens, options.rows)
@@ -91,6 +103,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "tokens": options.tokens,
         "texts": parts[0]["rows"],
         "slot_tokens": tokens_of(options.slots.parent) if options.slots else None,
+        "model_tokens": model_tokens,
         "models": rows,
     }
     write_page(options.output, page(result), files={"results.json": to_json(result)})
@@ -99,12 +112,12 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 def tokens_of(folder: Path) -> int:
-    """How many tokens the slots in there were trained on."""
+    """How many tokens the checkpoint in there was trained on, or its slots."""
     for file, key in (("training_summary.json", "tokens"), ("trainer_state.json", "num_input_tokens_seen")):
         if (folder / file).is_file():
             return json.loads((folder / file).read_text())[key]
     raise SystemExit(
-        f"error: folder '{folder}' does not say how its slots were trained: name the file where train.py wrote it"
+        f"error: folder '{folder}' does not say how it was trained: name it, or the slots in it, where train.py wrote them"
     )
 
 
@@ -129,6 +142,7 @@ def page(result: dict) -> list[Block]:
     spans = [f"above full attention, tokens {full[number]['from']:,}–{full[number]['to']:,}" for number in later]
     trained = result["slot_tokens"]
     slots = f"The slots were trained on {trained:,} tokens, each layer by itself. " if trained else ""
+    slots += "".join(f"“{name}” was trained on {tokens:,} more. " for name, tokens in result["model_tokens"].items())
     header = ["model", "cache, MB", f"loss, tokens {full[-1]['from']:,}–{full[-1]['to']:,}", *spans, "same next token"]
     return [
         "# What a conversion costs",

@@ -263,12 +263,16 @@ def test_one_source_converted_in_many_ways(
     monkeypatch.setattr(compare_conversions, "SETTINGS", settings)
     monkeypatch.setattr(compare_conversions, "WITH_SLOTS", ("window 8 + 4 kept",))
     monkeypatch.setattr(compare_conversions, "SLOTS_ALONE", settings["window 8 + 1 sink"] | {"sliding_window": 1})
+    parts = {"its slots zeroed": {"num_slots": 0}, "all of it": {"sliding_window": 64}}
+    monkeypatch.setattr(compare_conversions, "PARTS", parts)
     arguments = [str(source), "--data", str(docs), "--slots", str(aligned / "slots.safetensors")]
     arguments += ["--model", f"as it was trained={aligned}", "--tokens", "64", "--rows", "2", "--output"]
     result = compare_conversions.main([*arguments, str(tmp_path / "report")])
     losses = {model["name"]: [part["loss"] for part in model["positions"]] for model in result["models"]}
     assert losses["window 64"] == pytest.approx(losses["teacher"], rel=1e-5)
     assert losses["window 8 + 4 kept + slots"] == pytest.approx(losses["as it was trained"], rel=1e-6)
+    assert losses["as it was trained, its slots zeroed"] == pytest.approx(losses["window 8 + 4 kept"], rel=1e-6)
+    assert losses["as it was trained, all of it"] == pytest.approx(losses["teacher"], rel=1e-5)
     assert losses["window 8 + 1 sink"] != losses["window 8 + 4 kept"] != losses["window 8 + 4 kept + slots"]
     page = (tmp_path / "report/README.md").read_text()
     assert "full attention, the source" in page
