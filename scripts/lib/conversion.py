@@ -96,7 +96,7 @@ def start_slots(model: Any, blocks: Iterable[Tensor]) -> None:
         start_layer(layer, model.config.num_sinks, texts[number :: len(layers)])
 
 
-def start_layer(layer: CompressedAttention, sinks: int, texts: list[tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
+def start_layer(layer: CompressedAttention, sinks: int, texts: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
     """`start_slots` of one layer: ``texts`` are tokens [1,·,T,D] and options of its attention."""
     slot_q, slot_k = layer.slot_q, layer.slot_k
     (H, K, D), G = slot_k.weight.shape, len(slot_q.weight) // len(slot_k.weight)
@@ -138,7 +138,7 @@ def start_layer(layer: CompressedAttention, sinks: int, texts: list[tuple[dict[s
     sharpness, lighter = centre.new_tensor(SHARPNESS), centre.new_tensor(LIGHTER)
     for sharp in sharpness:
         start(sharp.expand(H, 1))
-        slots = dict(zip(SLOT_OPTIONS, slot_k(), strict=True))
+        slots: dict[str, Any] = dict(zip(SLOT_OPTIONS, slot_k(), strict=True))
         for light in lighter:
             found, _ = compressed_attention(**others, slot_query=slot_q(others["query"]) + light, **(options | slots))
             errors.append((found - full).square().sum((0, 2, 3)))

@@ -39,7 +39,7 @@ def measure(bench: Bench, config: Any, lengths: tuple[int, ...]) -> dict:
         raise SystemExit("error: context measures processes of one core each: --device cpu")
     with tempfile.TemporaryDirectory() as folder:
         arguments = (bench, config, lengths, folder)
-        mp.start_processes(work, args=arguments, nprocs=PROCESSES, start_method="spawn")  # type: ignore[attr-defined]
+        mp.start_processes(work, args=arguments, nprocs=PROCESSES, start_method="spawn")
         return json.loads(Path(folder, "results.json").read_text())
 
 

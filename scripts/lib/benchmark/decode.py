@@ -46,14 +46,17 @@ def measure(bench: Bench, config: Any, lengths: tuple[int, ...]) -> dict:
 def contexts_in_turn(bench: Bench, built: dict[str, Any], lengths: Sequence[int]) -> list[dict]:
     """Ours alone, after every context in turn: is the time per token the same? ratios: to each other context."""
     calls = {
-        (name, length): call_after(built[name], models.KINDS[name], length) for name in CONSTANT for length in lengths
+        f"{name}, T={length:,}": call_after(built[name], models.KINDS[name], length)
+        for name in CONSTANT
+        for length in lengths
     }
-    estimates = {key: first_calls(bench, call).seconds for key, call in calls.items()}
+    estimates = {name: first_calls(bench, call).seconds for name, call in calls.items()}
     often = dataclasses.replace(bench, rounds=15 * bench.rounds)  # they differ little, so measure them well
     runs = take_turns(often, calls, estimates)
     return [
-        timed_row(CONTEXTS, name, length, f"T={length:,}", {f"T={T:,}": runs[name, T] for T in lengths})
-        for name, length in calls
+        timed_row(CONTEXTS, name, length, f"T={length:,}", {f"T={T:,}": runs[f"{name}, T={T:,}"] for T in lengths})
+        for name in CONSTANT
+        for length in lengths
     ]
 
 

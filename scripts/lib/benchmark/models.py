@@ -174,9 +174,9 @@ def build_models(
     models = {}
     for name, own in equal_configs(kinds, config).items():
         if layers is not None:
-            fields = {"num_hidden_layers": layers}
+            fields: dict[str, Any] = {"num_hidden_layers": layers}
             if isinstance(own, ConstAttnConfig):
-                fields["mixer_types"] = own.mixer_types[:layers]
+                fields["mixer_types"] = (own.mixer_types or [])[:layers]
             own = type(own)(**own.to_dict() | fields)
         models[name] = new_model(bench, own)
     return models
