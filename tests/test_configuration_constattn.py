@@ -91,6 +91,7 @@ def test_round_trip_through_the_bare_base_class(tmp_path):
         ("1.3b", 1_250_000_000, 1_350_000_000),
         ("heinsen-125m", 124_879_872, 124_879_872),
         ("tiny-masked", 1_000_000, 2_000_000),
+        ("smollm2-135m-constattn", 136_018_368, 136_018_368),
     ],
 )
 def test_shipped_models(name, least, most):
@@ -102,7 +103,9 @@ def test_shipped_models(name, least, most):
 
 
 def test_every_shipped_model_is_tested():
-    assert {path.name for path in MODELS.iterdir()} == {"tiny", "125m", "350m", "1.3b", "heinsen-125m", "tiny-masked"}
+    assert {path.name for path in MODELS.iterdir()} == {
+        *("tiny", "125m", "350m", "1.3b", "heinsen-125m", "tiny-masked", "smollm2-135m-constattn")
+    }
 
 
 def test_defaults_are_the_125m_model():
