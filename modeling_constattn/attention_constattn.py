@@ -356,7 +356,7 @@ def constant_attention(
         state = ConstAttnState.empty(B, H, K, V, value.dtype, value.device)
     has_totals = not is_causal and log_decay is None and T > 0
     plain = _needs_plain_form()
-    kernels = _use_kernels(backend, query.device, K, V, query.dtype) and T > 0 and not (has_totals or plain)
+    kernels = _use_kernels(backend, query.device, query.dtype, K=K, V=V) and T > 0 and not (has_totals or plain)
     compute_dtype = _compute_dtype(value.dtype)
     dtype = value.dtype if kernels else compute_dtype  # the kernels convert by themselves
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -598,7 +598,7 @@ def _log_prefix_sums(x: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------------------------------- the gate to the GPU kernels
 
 
-def _use_kernels(backend: str, device: torch.device, K: int, V: int, dtype: torch.dtype) -> bool:
+def _use_kernels(backend: str, device: torch.device, dtype: torch.dtype, **features: int) -> bool:
     """The one place that decides, see ``backend`` of `constant_attention`. Triton is not imported before it may be used."""
     source = "backend"
     if backend == "auto":
@@ -609,7 +609,7 @@ def _use_kernels(backend: str, device: torch.device, K: int, V: int, dtype: torc
         return False
     from .triton_constattn import unavailable_reason
 
-    reason = unavailable_reason(device, K, V, dtype)
+    reason = unavailable_reason(device, dtype, **features)
     if reason is not None:
         raise RuntimeError(f"{source}='triton' cannot be had: {reason}")
     return True

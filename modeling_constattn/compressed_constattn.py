@@ -39,12 +39,17 @@ none: far into a text, few scores more than [C,M]. Weights are 2^s as long as th
 without a maximum; the slots' read, made for a few chunks at a time, is joined by its lse. Kept for the backward pass are the
 inputs, the output, the slots' part of it and some numbers of tokens; scores and slot keys are computed anew.
 
+The GPU kernels (`triton_compressed_constattn`) read the window of the whole text at once, then the candidates of all chunks, and
+need no scores in memory; who is kept, and who departs when, is decided between the two by the code that the chunks run.
+
 Angles are computed in float64 from exact positions. Scores beyond ±64, whose float32 rounding would be seen, are computed
 again in float64, less their maximum, a chunk at a time; a single step is not.
 """
 
+import functools
 import re
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +67,9 @@ from .attention_constattn import (
     _segment_length,
     _use_kernels,
 )
+
+if TYPE_CHECKING:
+    from .triton_compressed_constattn import Exact
 
 _CHUNK_SIZE = {
     "cpu": 128,
@@ -319,7 +327,7 @@ def compressed_attention(
         scaling: of the exact scores; None: D^−½.
         is_causal: each token sees itself and the past; else |t − j| < W, without kept tokens, slots and state.
         chunk_size: queries worked on at a time; changes speed, not results.
-        backend: of the slots, see `constant_attention`.
+        backend: see `constant_attention`. One token by itself is torch's by any.
 
     Returns:
         The output [B,H·G,T,V] in the dtype of ``value`` (0 for masked tokens), and the state after the last token.
@@ -342,6 +350,7 @@ def compressed_attention(
         )
     (B, heads, T, D), H, V = query.shape, key.shape[1], value.shape[-1]
     K = 0 if slot_query is None else slot_query.shape[-1]
+    kernels = _use_kernels(backend, key.device, value.dtype, D=D, K=K, V=V)
     scaling = D**-0.5 if scaling is None else scaling
     frequencies = _or_none(frequencies, key.device)
     past = state
@@ -396,7 +405,6 @@ def compressed_attention(
         of_slots = [
             None if x is None or not has_slots else x.to(dtype) for x in (slot_query, slot_weight, slot_bias, log_decay)
         ]
-        kernels = has_slots and _use_kernels(backend, key.device, K, V, dtype)
         y, kept, kept_rank, importance, log_Z, mean, *_ = _attend(
             query.to(dtype), all_keys.to(dtype), all_values.to(dtype), state.kept_rank, importance, positions, start,
             frequencies, *of_slots, state.log_Z, state.mean.to(dtype), scaling, W, num_sinks, R, is_causal,
@@ -752,24 +760,72 @@ def _is_usual(v: Tensor) -> bool:
     return not v.numel() or low < max(-float(v.min()), float(v.max())) < high
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, kept_rank: Tensor, importance: Tensor, x: _Exact, num_sinks: int, chunk_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `_attend`, whose results these are."""
+class _Selection:
+    """Who is kept, and who departs when, chunk after chunk of queries: one code for every path."""
+
+    def __init__(self, x: _Exact, kept_rank: Tensor, num_sinks: int, chunk_size: int):
+        N, _, T, _ = x.q.shape
+        self.x, self.num_sinks, self.chunk_size, device = x, num_sinks, chunk_size, kept_rank.device
+        self.departed = torch.full((N, T), -1, dtype=torch.long, device=device)
+        self.rank = kept_rank.reshape(N, x.M).clone()
+        self.kept = torch.arange(x.M, device=device).expand(N, x.M).masked_fill(self.rank < 0, -1)
+        self.candidates = torch.full((-(-T // chunk_size), N, x.M + chunk_size), -1, dtype=torch.int32, device=device)
+        self.last = torch.zeros(N, T, dtype=torch.int32, device=device)
+
+    def read_chunk(self, a: int, b: int, importance: Tensor) -> Tensor | None:
+        """Of queries a … b−1, given the importance [N,P+T] that what leaves the window while they read has in the end. Returns
+        the chunk's candidates [N,n], best first; None: beyond the window nothing is seen."""
+        x, M, N = self.x, self.x.M, len(self.departed)
+        P, W, base = x.P, x.W, x.base
+        real = x.position[:, P:] >= 0  # [N,T]
+        # What leaves the window while the chunk is read, tokens l … h−1 of [P+T], and what was kept until now.
+        low, high = max(x.first, P + a - W), max(x.first, P + b - W)
+        if x.ahead or (high == low and not M):
+            return None
+        left_at = slice(low - P + W, high - P + W)
+        leaving = torch.arange(base + low, base + high, device=real.device).expand(N, -1)
+        stays = real[:, left_at] & (x.position[:, low:high] >= 0)  # not padding …
+        if x.start is not None:  # … nor of an earlier document
+            stays = stays & (leaving >= x.start[:, left_at])
+        if not M:  # what leaves the window departs
+            self.departed[:, left_at] = leaving.masked_fill(~stays, -1)
+            return None
+        leaving_rank = _rank(importance[:, low:high], x.position[:, low:high].where(stays, -1), self.num_sinks)
+        ranks, order = torch.cat([self.rank, leaving_rank], 1).sort(1, descending=True)
+        names = torch.cat([self.kept, leaving], 1).gather(1, order).masked_fill_(ranks < 0, -1)
+        # Where M are kept, nothing below the least of them is seen any more.
+        least = self.rank.amin(1, keepdim=True).clamp(min=0) if x.start is None else 0
+        n_seen = int((ranks >= least).sum(1).max())
+        names_seen = None
+        if n_seen:
+            names_seen = names[:, :n_seen]
+            self.candidates[a // self.chunk_size, :, :n_seen] = names_seen
+            last, full = x.last_seen(names_seen, a, b)
+            self.last[:, a:b] = last[:, 1:]
+            # When a token leaves the window, it departs, or the last one of the M does.
+            number = torch.empty_like(order).scatter_(
+                1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+            )
+            before = slice(left_at.start - a, left_at.stop - a)
+            departs = stays & full[:, before]
+            who = torch.maximum(number[:, M:], last[:, before]).masked_fill_(~departs, 0)
+            self.departed[:, left_at] = names.gather(1, who).masked_fill_(~departs, -1)
+        if x.start is not None:  # the next chunk begins in the last token's document
+            ranks = ranks.masked_fill(names < x.start[:, b - 1 : b], -1)
+            ranks, order = ranks.sort(1, descending=True)
+            names = names.gather(1, order).masked_fill(ranks < 0, -1)
+        self.rank, self.kept = ranks[:, :M], names[:, :M]
+        return names_seen
+
+
+def _forward(x: _Exact, importance: Tensor, chosen: _Selection, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """y [N,G,T,V] and lse [N,G,T] of the exact tokens. Adds to importance [N,P+T]."""
     N, G, T, _ = x.q.shape
-    M, P, W, base = x.M, x.P, x.W, x.base
-    n_chunks = -(-T // chunk_size)
-    y = v.new_empty(N, G, T, v.shape[-1])
-    lse = torch.empty(N, G, T, dtype=_log_dtype(q.device), device=q.device)
-    departed = torch.full((N, T), -1, dtype=torch.long, device=q.device)
-    rank = kept_rank.reshape(N, M).clone()
-    kept = torch.arange(M, device=q.device).expand(N, M).masked_fill(rank < 0, -1)
-    importance = torch.cat([importance.reshape(N, P), importance.new_zeros(N, T)], 1)
-    candidates = torch.full((n_chunks, N, M + chunk_size), -1, dtype=torch.int32, device=q.device)
-    last = torch.zeros(N, T, dtype=torch.int32, device=q.device)
-    real = x.position[:, P:] >= 0  # [N,T]
-    has_usual_values = _is_usual(v)
-    for chunk, a in enumerate(range(0, T, chunk_size)):
+    y = x.v.new_empty(N, G, T, x.v.shape[2])
+    lse = x.v.new_empty(N, G, T, dtype=_log_dtype(x.v.device))
+    real = x.position[:, x.P :] >= 0  # [N,T]
+    has_usual_values = _is_usual(x.v)
+    for a in range(0, T, chunk_size):
         b = min(a + chunk_size, T)
         keys, seen = x.window(a, b)
         # 1, or 0 for padding, which may see nothing
@@ -786,51 +842,22 @@ def _forward(
 
         careful = not has_usual_values
         if not careful:
-            queries, scores = window_scores(q.dtype)
+            queries, scores = window_scores(x.q.dtype)
             weights, read, total, peak = _read(scores, seen, x.v[:, keys], careful)
             careful = not is_usual(total)
         if careful:
             queries, scores = window_scores(lse.dtype)
             weights, read, total, peak = _read(scores, seen, x.v[:, keys].to(lse.dtype), careful)
-        if num_sinks < M:  # else importance decides nothing
+        if chosen.num_sinks < x.M:  # else importance decides nothing
             share = total.transpose(1, 2).clamp_min(1 / _MAX_TOTAL).reciprocal()
             share = share if is_real is None else share * is_real.transpose(1, 2)
-            importance[:, keys.start - base : keys.stop - base] += torch.bmm(share, weights)[:, 0].to(importance.dtype)
-
-        # What leaves the window while the chunk is read, tokens l … h−1 of [P+T], and what was kept until now.
-        low, high = max(x.first, P + a - W), max(x.first, P + b - W)
-        left_at = slice(low - P + W, high - P + W)
-        leaving = torch.arange(base + low, base + high, device=q.device).expand(N, -1)
-        stays = real[:, left_at] & (x.position[:, low:high] >= 0)  # not padding …
-        if x.start is not None:  # … nor of an earlier document
-            stays = stays & (leaving >= x.start[:, left_at])
-        if x.ahead or (high == low and not M):
-            n_seen = 0
-        elif not M:  # what leaves the window departs
-            n_seen = 0
-            departed[:, left_at] = leaving.masked_fill(~stays, -1)
-        else:
-            leaving_rank = _rank(importance[:, low:high], x.position[:, low:high].where(stays, -1), num_sinks)
-            ranks, order = torch.cat([rank, leaving_rank], 1).sort(1, descending=True)
-            names = torch.cat([kept, leaving], 1).gather(1, order).masked_fill_(ranks < 0, -1)
-            # Where M are kept, nothing below the least of them is seen any more.
-            least = rank.amin(1, keepdim=True).clamp(min=0) if x.start is None else 0
-            n_seen = int((ranks >= least).sum(1).max())
-        if n_seen:
-            names_seen = names[:, :n_seen]
-            candidates[chunk, :, :n_seen] = names_seen
-            last_seen, full = x.last_seen(names_seen, a, b)
-            last[:, a:b] = last_seen[:, 1:]
-            # When a token leaves the window, it departs, or the last one of the M does.
-            number = torch.empty_like(order).scatter_(
-                1, order, torch.arange(order.shape[1], device=q.device).expand_as(order)
+            importance[:, keys.start - x.base : keys.stop - x.base] += torch.bmm(share, weights)[:, 0].to(
+                importance.dtype
             )
-            before = slice(left_at.start - a, left_at.stop - a)
-            departs = stays & full[:, before]
-            who = torch.maximum(number[:, M:], last_seen[:, before]).masked_fill_(~departs, 0)
-            departed[:, left_at] = names.gather(1, who).masked_fill_(~departs, -1)
 
-            seen_kept, index = x.kept(names_seen, last_seen[:, 1:], a, b), names_seen.clamp(min=0)
+        names = chosen.read_chunk(a, b, importance)
+        if names is not None:
+            seen_kept, index = x.kept(names, chosen.last[:, a:b], a, b), names.clamp(min=0)
             far = x.is_far(index, a, b)
             if not careful:
                 scores = x.kept_scores(queries, index, far, a, b)
@@ -843,19 +870,13 @@ def _forward(
                 seen = torch.cat([seen.expand(N, -1, -1, -1), seen_kept], 3)
                 values = torch.cat([x.v[:, keys], _rows(x.v, index)], 1).to(lse.dtype)
                 _, read, total, peak = _read(scores, seen, values, careful)
-        if M and not x.ahead:
-            if x.start is not None:  # the next chunk begins in the last token's document
-                ranks = ranks.masked_fill(names < x.start[:, b - 1 : b], -1)
-                ranks, order = ranks.sort(1, descending=True)
-                names = names.gather(1, order).masked_fill(ranks < 0, -1)
-            rank, kept = ranks[:, :M], names[:, :M]
         lse[:, :, a:b] = (total.to(lse.dtype).log2() + peak).view(N, G, b - a)
         total = total if is_real is None else total.masked_fill(total == 0, 1.0)
         y[:, :, a:b] = (read / total).view(N, G, b - a, -1)
     lse = lse.mul_(1 / _LOG2_E)
     if not x.all_real:
         lse = lse.masked_fill_(lse == _NEG_INF, float("inf"))
-    return y, lse, departed, kept, rank, importance, candidates, last
+    return y, lse
 
 
 def _backward(
@@ -915,6 +936,73 @@ def _backward(
     if dk_plain is not None:
         dk.add_(dk_plain)
     return dq, dk.mul_(1 / _LOG2_E), dv  # the queries were in units of log 2
+
+
+# ------------------------------------------------------------------------------------------------ the same by the GPU kernels
+
+
+def _tiles(x: _Exact, candidates: Tensor, last: Tensor, chunk_size: int) -> "Callable[[torch.dtype], Exact]":
+    """What the kernels read, made once for each dtype that queries and keys are turned in."""
+    from .triton_compressed_constattn import Exact
+
+    N, _, T, _ = x.q.shape
+    offset = x.base + x.P
+    first = x.base + (x.row_position[:, : x.P] < 0).sum(
+        1, keepdim=True
+    )  # [B,1], of a row's own tokens but the kept ones …
+    stop = first + (x.row_position >= 0).sum(1, keepdim=True)  # … and the one behind its last
+    token = offset + torch.arange(T, device=x.q.device)
+    is_real = token < stop
+    start = torch.zeros_like(is_real, dtype=torch.long) if x.start is None else x.start[:: N // len(is_real)]
+    window = (token - x.W + 1).maximum(first).maximum(start), (token + x.ahead + 1).minimum(stop)
+    beyond = start, (token - x.W + 1).expand_as(start)
+    window, beyond = ((low.int(), high.where(is_real, 0).int()) for low, high in (window, beyond))
+    far_from = None
+    if x.far:  # queries count from the first new token
+        far_from = torch.arange(-offset, T, device=x.q.device).expand(N, -1)
+        if x.base:
+            kept = x.kept_position.flatten(0, 1) - x.position[:, x.P, None]
+            far_from = torch.cat([kept, far_from[:, x.M :]], 1)
+        far_from = (far_from + x.R).clamp(-1, T).int().contiguous()
+
+    @functools.cache
+    def make(dtype: torch.dtype) -> Exact:
+        q, far = x.queries(0, T, dtype), x.far_queries(0, T, dtype) if x.far else None
+        return Exact(
+            q.view(x.q.shape), x.keys(dtype), x.v, far, x.k if x.far else None, far_from, window, beyond, candidates, last,
+            offset, x.ahead, x.W, min(chunk_size, T),
+        )  # fmt: skip
+
+    return make
+
+
+def _forward_fused(x: _Exact, importance: Tensor, chosen: _Selection, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """As `_forward`."""
+    from .triton_compressed_constattn import read, received
+
+    T, make = x.q.shape[2], _tiles(x, chosen.candidates, chosen.last, chunk_size)
+    window = read(make)
+    if chosen.num_sinks < x.M:
+        importance += received(make, x.base, window[1])
+    names = [chosen.read_chunk(a, min(a + chunk_size, T), importance) for a in range(0, T, chunk_size)]
+    return window if all(chunk is None for chunk in names) else read(make, window)
+
+
+def _backward_fused(
+    x: _Exact, y: Tensor, lse: Tensor, candidates: Tensor, last: Tensor, dy: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_backward`."""
+    from .triton_compressed_constattn import gradients
+
+    most = int((candidates >= 0).sum(2).max()) if candidates.numel() else 0
+    make = _tiles(x, candidates[:, :, :most].contiguous(), last, chunk_size)
+    dq, dfar_q, dk, dfar_k, dv = gradients(make, y, lse, dy)
+    dq = x.turn_queries(dq, 0, x.q.shape[2], -1).view(x.q.shape)
+    dk = x.turn_keys(dk, dk, -1)
+    if dfar_q is not None and dfar_k is not None:
+        dq += rotate(dfar_q.mul_(x.scaling), lse.new_tensor(-x.R), x.frequencies)
+        dk += dfar_k
+    return dq, dk.mul_(1 / _LOG2_E), dv
 
 
 # --------------------------------------------------------------------------------------------------------------- the slots' part
@@ -1096,20 +1184,25 @@ def _attend(
         read of the slots alone, y and lse.
     """
     x = _Exact(q, k, v, kept_rank, position, start, frequencies, scaling, sliding_window, max_distance, is_causal)
-    y, lse, departed, kept, rank, importance, candidates, last = _forward(
-        q, k, v, kept_rank, importance, x, num_sinks, chunk_size
-    )
+    chosen = _Selection(x, kept_rank, num_sinks, chunk_size)
+    importance = torch.cat([importance.flatten(0, 1), importance.new_zeros(len(x.q), q.shape[2])], 1)
+    forward = _forward_fused if kernels else _forward
+    y, lse = forward(x, importance, chosen, chunk_size)
     y_slots, lse_slots = y.new_empty(0), lse.new_empty(0)
     if slot_query is None:
         log_Zs, means = log_Z.new_empty(0), mean.new_empty(0)
     else:
         assert slot_weight is not None and slot_bias is not None
-        slots = _Slots(x, departed, slot_query, slot_weight, slot_bias, log_decay, kernels)
+        slots = _Slots(x, chosen.departed, slot_query, slot_weight, slot_bias, log_decay, kernels)
         y_slots, lse_slots, log_Zs, means = slots.read(y, lse, log_Z.flatten(0, 1), mean.flatten(0, 1))
         log_Zs, means = (part.unflatten(0, k.shape[:2]) for part in (log_Zs, means))
-    kept, rank, importance = (part.unflatten(0, k.shape[:2]).contiguous() for part in (kept, rank, importance))
+    kept, rank, importance = (
+        part.unflatten(0, k.shape[:2]).contiguous() for part in (chosen.kept, chosen.rank, importance)
+    )
     y = y.view(*q.shape[:3], -1)
-    return y, kept, rank, importance, log_Zs, means, lse, candidates, last, departed, y_slots, lse_slots
+    return (
+        y, kept, rank, importance, log_Zs, means, lse, chosen.candidates, chosen.last, chosen.departed, y_slots, lse_slots
+    )  # fmt: skip
 
 
 @_attend.register_fake
@@ -1179,7 +1272,8 @@ def _attend_backward(
     those of the state after. Without slots, empty ones."""
     x = _Exact(q, k, v, kept_rank, position, start, frequencies, scaling, sliding_window, max_distance, is_causal)
     y, dy = (part.reshape(*lse.shape, -1) for part in (y, dy))
-    dq, dk, dv = _backward(x, y, lse, candidates, last, dy, chunk_size)
+    backward = _backward_fused if kernels else _backward
+    dq, dk, dv = backward(x, y, lse, candidates, last, dy, chunk_size)
     of_slots = [q.new_empty(0) for _ in range(6)]
     if slot_query is not None:
         assert slot_weight is not None and slot_bias is not None

@@ -78,7 +78,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # --------------------------------------------------------------------------------------------- what the kernels can run
 
 
-def unavailable_reason(device: torch.device, K: int, V: int, dtype: torch.dtype) -> str | None:
+def unavailable_reason(device: torch.device, dtype: torch.dtype, **features: int) -> str | None:
     """Why the kernels cannot run such inputs, and what would help; None where they can."""
     if triton is None:
         return "Triton is not installed (pip install triton)"
@@ -92,8 +92,9 @@ def unavailable_reason(device: torch.device, K: int, V: int, dtype: torch.dtype)
         )
     if dtype not in _DTYPES:
         return f"the kernels take bfloat16, float16 and float32, not {dtype} (convert the inputs)"
-    if max(K, V) > _MAX_FEATURES:
-        return f"the kernels take up to {_MAX_FEATURES} features of a head; here K={K}, V={V} (use more, smaller heads)"
+    if max(features.values()) > _MAX_FEATURES:
+        here = ", ".join(f"{name}={size}" for name, size in features.items())
+        return f"the kernels take up to {_MAX_FEATURES} features of a head; here {here} (use more, smaller heads)"
     return None
 
 

@@ -5,13 +5,15 @@ import itertools
 import pytest
 import torch
 
-from modeling_constattn import (
+from modeling_constattn import attention_constattn
+
+# not from the package itself: that would need Transformers
+from modeling_constattn.compressed_constattn import (
     CompressedState,
-    attention_constattn,
     compressed_attention,
     quadratic_compressed_attention,
+    rotate,
 )
-from modeling_constattn.compressed_constattn import rotate
 
 B, H, G, D, V, K = 2, 2, 2, 16, 12, 5
 KINDS = {

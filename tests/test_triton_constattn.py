@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,11 +36,12 @@ needs_kernels = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def interpreter_rounds_to_bfloat16(monkeypatch: pytest.MonkeyPatch):
-    """Where a GPU rounds float32 to bfloat16, Triton 3.9's interpreter cuts it off."""
+def interpreter(monkeypatch: pytest.MonkeyPatch):
+    """Triton 3.9's, mended: where a GPU rounds float32 to bfloat16, it cuts it off; and at every call within a kernel it puts
+    Triton's language in place anew, as it has done for the kernel."""
     if not INTERPRETED:
         return
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime import interpreter
 
     def convert(self, source, dtype):
         source = self.create_bitcast(source, source.dtype.scalar)  # a copy of the handle; its data is replaced below
@@ -48,7 +50,15 @@ def interpreter_rounds_to_bfloat16(monkeypatch: pytest.MonkeyPatch):
             source.data = (bits + 0x7FFF + ((bits >> 16) & 1)).view("float32")
         return self.cast_impl(source, dtype)
 
-    monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", convert)
+    def call(self, *args, **kwargs):
+        if self.fn.__module__ not in patched:
+            patched.add(self.fn.__module__)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    patched: set[str] = set()
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_trunc", convert)
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
 
 
 # ----------------------------------------------------------------------------------------------- the kernels' exactness
@@ -362,7 +372,7 @@ def test_loads_without_triton(monkeypatch):
     spec = importlib.util.spec_from_file_location("kernels_without_triton", kernels.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert "not installed" in module.unavailable_reason(torch.device("cuda"), 8, 8, torch.float32)
+    assert "not installed" in module.unavailable_reason(torch.device("cuda"), torch.float32, K=8, V=8)
 
 
 # ------------------------------------------------------------------------------------- in the interpreter, and compiled
@@ -373,9 +383,11 @@ def test_loads_without_triton(monkeypatch):
 @pytest.mark.skipif(
     HAS_TRITON and Version(kernels.triton.__version__) < Version("3.9"), reason="its interpreter fails with this numpy"
 )
-def test_all_in_the_interpreter():
+@pytest.mark.parametrize("kernels", ["constattn", "compressed_constattn"])
+def test_all_in_the_interpreter(kernels):
+    file = Path(__file__).with_name(f"test_triton_{kernels}.py")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rs", "--tb=short", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-rs", "--tb=short", "-p", "no:cacheprovider", str(file)],
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -388,13 +400,19 @@ def test_all_in_the_interpreter():
 @pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="needs Triton's compiler")
 @pytest.mark.parametrize(("capability", "dtype", "decay"), [(80, torch.float32, "head"), (90, torch.bfloat16, "slot")])
 def test_compiles_ahead_of_time(capability, dtype, decay, monkeypatch, tmp_path):
-    from lib.kernel_resources import kept_launches, launch_all, resources_of
+    from lib.kernel_resources import CONSTANT, kept_launches, launch_all
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    with kept_launches() as launches:
+    with kept_launches(CONSTANT) as launches:
         launch_all(16, 16, 16, dtype, decay)
     assert len(launches) == 5
     assert not [name for name in launches if vars(kernels)[name] is launches[name]]  # all are back in their places
+    compile_ahead_of_time(launches, capability)
+
+
+def compile_ahead_of_time(launches: dict, capability: int) -> None:
+    from lib.kernel_resources import resources_of
+
     for launch in launches.values():
         compiled = launch.compile(capability)
         assert compiled.asm["cubin"]

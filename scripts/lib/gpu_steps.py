@@ -126,17 +126,27 @@ def exactness(check: Check) -> Iterator[Row]:
     """The kernels against the torch path in float64: the largest error of outputs and of gradients, relative to the largest number.
     ok: within the bounds of the tests."""
     from modeling_constattn.attention_constattn import constant_attention
+    from modeling_constattn.compressed_constattn import compressed_attention
 
-    def errors(dtype: torch.dtype, T: int, size: int, forgets: bool) -> Row:
+    def attend(q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, kind: str, backend: str) -> Tensor:
+        if kind != "compressed":
+            return constant_attention(q, k, v, log_decay=f, backend=backend)[0]
+        (H, size), W, M, R = (q.shape[1], q.shape[3]), *((8, 4, 10) if check.small else (32, 16, 100))
+        options: dict[str, Any] = {"sliding_window": W, "num_kept_tokens": M, "max_distance": R, "backend": backend}
+        options["frequencies"] = 100.0 ** -torch.linspace(0, 1, size // 2, dtype=torch.float64, device=q.device)
+        options |= {"slot_weight": q.new_ones(H, size, size) / size, "slot_bias": q.new_zeros(H, size)}
+        return compressed_attention(q, k, v, slot_query=q, **options)[0]
+
+    def errors(dtype: torch.dtype, T: int, size: int, kind: str) -> Row:
         torch.manual_seed(0)
         shape = (1, 1, T, size) if check.small else (1, 4, T, size)
         q, k, v, dy = (torch.randn(shape).to(check.device, dtype) for _ in range(4))
-        f = F.logsigmoid(torch.randn(shape)).to(check.device) / 16 if forgets else None
+        f = F.logsigmoid(torch.randn(shape)).to(check.device) / 16 if kind == "forgetting" else None
         found = []
         for backend, to in (("torch", torch.float64), ("triton", dtype)):
             inputs = [x.detach().to(to, copy=True).requires_grad_() for x in (q, k, v)]
             decay = None if f is None else f.detach().clone().requires_grad_()
-            y, _ = constant_attention(inputs[0], inputs[1], inputs[2], log_decay=decay, backend=backend)
+            y = attend(inputs[0], inputs[1], inputs[2], decay, kind, backend)
             y.backward(dy.to(y.dtype))
             found.append([y.detach(), *(x.grad for x in inputs), *([] if decay is None else [decay.grad])])
         error = [
@@ -149,18 +159,21 @@ def exactness(check: Check) -> Iterator[Row]:
             "ok": error[0] <= bound[0] and max(error[1:]) <= bound[1],
         }
 
-    sizes = [(17, 16)] if check.small else [(1, 64), (64, 64), (1000, 64), (4096, 64), (257, 128), (257, 40)]
+    sizes = [(17, 16)] if check.small else [(1, 64), (64, 64), (257, 64), (257, 128), (257, 40), (1000, 64), (4096, 64)]
     for dtype in (torch.float32, torch.bfloat16):
-        for forgets in (False, True):
+        for kind in ("plain", "forgetting", "compressed"):
             for T, size in sizes:
-                name = f"{'forgetting' if forgets else 'plain'}, {size} slots and features"
-                yield tried(str(dtype).removeprefix("torch."), name, T, partial(errors, dtype, T, size, forgets))
+                if kind == "compressed" and T > 257:
+                    continue  # of thousands of tokens some are kept or not by how their importance is rounded
+                name = f"{kind}, {size} slots and features"
+                yield tried(str(dtype).removeprefix("torch."), name, T, partial(errors, dtype, T, size, kind))
 
 
 def tests(check: Check) -> Iterator[Row]:
     """The kernels' own tests, where they run natively."""
     some = ["-k", "wants_the_state or unavailable"] if check.small else ["-k", "not interpreter and not ahead_of_time"]
-    arguments = ["-q", "--noconftest", "-p", "no:cacheprovider", "--tb=short", "tests/test_triton_constattn.py", *some]
+    files = ["tests/test_triton_constattn.py", "tests/test_triton_compressed_constattn.py"]
+    arguments = ["-q", "--noconftest", "-p", "no:cacheprovider", "--tb=short", *files, *some]
     code = (
         "import sys, pytest; from lib import gpu_steps; gpu_steps.stand_in_for_what_is_missing(); "
         f"sys.exit(pytest.main({arguments!r}))"
@@ -188,6 +201,7 @@ def op(check: Check) -> Iterator[Row]:
         ops.TRITON: ops.TRITON_FUNCTIONS[ops.TRITON],
         ops.SDPA: ops.FUNCTIONS[ops.SDPA],
         ops.TRITON_FORGETTING: ops.TRITON_FUNCTIONS[ops.TRITON_FORGETTING],
+        ops.TRITON_COMPRESSED: ops.TRITON_FUNCTIONS[ops.TRITON_COMPRESSED],
         ops.OURS: ops.FUNCTIONS[ops.OURS],
         ops.LINEAR: ops.FUNCTIONS[ops.LINEAR],
     }
@@ -364,24 +378,41 @@ def shares(
 
 def resources(check: Check) -> Iterator[Row]:
     """Registers, spills and shared memory of every kernel, compiled ahead of time, for this card or else sm_80 and sm_90."""
-    from lib.kernel_resources import kept_launches, launch_all, resources_of
-    from modeling_constattn import triton_constattn as kernels
+    from lib.kernel_resources import (
+        COMPRESSED,
+        CONSTANT,
+        PASSES,
+        kept_launches,
+        launch_all,
+        launch_compressed,
+        resources_of,
+    )
 
     here = torch.cuda.get_device_capability() if check.device == "cuda" else None
     capabilities = (10 * here[0] + here[1],) if here else (90, 80)
-    variants = [(dtype, decay) for dtype in (torch.bfloat16, torch.float32) for decay in ("none", "slot")]
-    names = [name for name in vars(kernels) if name.endswith("_kernel")]
+    variants: dict[str, tuple[Any, Callable[[], None]]] = {  # each with its kernels, and what launches them
+        f"{str(dtype).removeprefix('torch.')}, forgetting by {decay}": (
+            CONSTANT,
+            partial(launch_all, 256, 64, 64, dtype, decay),
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+        for decay in ("none", "slot")
+    }
+    variants |= {
+        f"compressed attention, {name}": (COMPRESSED, partial(launch_compressed, 256, 64, name)) for name in PASSES
+    }
     if check.small:
-        capabilities, variants, names = (90,), variants[:1], ["_step_kernel"]
+        capabilities, variants = (90,), dict([*variants.items()][:1])
     for capability in capabilities:
-        for dtype, decay in variants:
-            with kept_launches() as launches:
-                launch_all(256, 64, 64, dtype, decay)
-            for name in names:
+        for variant, (kernels, launch) in variants.items():
+            with kept_launches(kernels) as launches:
+                launch()
+            for name in ["_step_kernel"] if check.small else [*launches]:
                 if check.left <= 0:
                     return
-                group = f"sm_{capability}, {str(dtype).removeprefix('torch.')}, forgetting by {decay}"
-                yield tried(group, name, 256, partial(resources_of, launches[name], capability))
+                if name == "_importance_kernel" and variant.endswith(PASSES[1]):
+                    continue  # it reads the window alone
+                yield tried(f"sm_{capability}, {variant}", name, 256, partial(resources_of, launches[name], capability))
 
 
 STEPS: dict[str, tuple[Callable[[Check], Iterator[Row]], float]] = {  # and the share of the time that each may take

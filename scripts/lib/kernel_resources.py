@@ -6,14 +6,23 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modeling_constattn import triton_constattn as kernels
+from modeling_constattn import triton_compressed_constattn, triton_constattn
 
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+}
+CONSTANT, COMPRESSED = triton_constattn, triton_compressed_constattn
+PASSES = ("window", "candidates", "candidates in float64")  # of the kernels of compressed attention
 
 
 class Launch:
@@ -49,7 +58,7 @@ class Launch:
 
 
 @contextmanager
-def kept_launches() -> Iterator[dict[str, Launch]]:
+def kept_launches(kernels: ModuleType) -> Iterator[dict[str, Launch]]:
     """Every kernel of the file, not launched but kept."""
     found = {name: kernel for name, kernel in vars(kernels).items() if name.endswith("_kernel")}
     launches = {name: Launch(kernel) for name, kernel in found.items()}
@@ -65,9 +74,23 @@ def launch_all(T: int, K: int, V: int, dtype: torch.dtype, decay: str) -> None:
     q, k = torch.zeros(2, 1, T, K, dtype=dtype)
     v, log_Z, mean = torch.zeros(1, T, V, dtype=dtype), torch.zeros(1, K, dtype=torch.float64), torch.zeros(1, K, V)
     f = {"none": None, "head": torch.zeros(1, T, 1), "slot": torch.zeros(1, T, K)}[decay]
-    y, lse, log_Z_end, mean_end = kernels.chunked_forward(q, k, v, f, log_Z, mean, 64)
-    kernels.chunked_backward(q, k, v, f, log_Z, mean, y, lse, y, lse, log_Z_end, mean_end, 64)
-    kernels.decode_step(q[:, 0], k[:, 0], v[:, 0], None if f is None else f[:, 0], log_Z, mean)
+    y, lse, log_Z_end, mean_end = CONSTANT.chunked_forward(q, k, v, f, log_Z, mean, 64)
+    CONSTANT.chunked_backward(q, k, v, f, log_Z, mean, y, lse, y, lse, log_Z_end, mean_end, 64)
+    CONSTANT.decode_step(q[:, 0], k[:, 0], v[:, 0], None if f is None else f[:, 0], log_Z, mean)
+
+
+def launch_compressed(T: int, D: int, which: str) -> None:
+    """Calls forward and backward of the exact part, with D features of queries, keys and values, up to one of the `PASSES`."""
+    q = torch.zeros(1, 2, T, D, dtype=torch.float64 if "float64" in which else torch.float32)
+    k, v, numbers = q[:, 0], torch.zeros(1, T, D), torch.zeros(1, T, dtype=torch.int32)
+    names = numbers.new_zeros(1, 1, 0 if which == "window" else 32)
+    span = numbers, numbers
+    x = COMPRESSED.Exact(q, k, v, q, v, numbers, span, span, names, numbers, offset=0, ahead=0, back=8, chunk_size=T)
+    y, lse = COMPRESSED.read(lambda dtype: x)
+    COMPRESSED.received(lambda dtype: x, 0, lse)
+    if which != "window":
+        COMPRESSED.read(lambda dtype: x, (y, lse))
+    COMPRESSED.gradients(lambda dtype: x, torch.zeros_like(y), lse, torch.zeros_like(y))
 
 
 def resources_of(launch: Launch, capability: int) -> dict[str, int]:

@@ -46,7 +46,7 @@ def test_every_step_runs(tmp_path: Path):
     assert steps == list(STEPS)
     assert [row["step"] for row in rows if "took_seconds" in row] == steps
     exact = [row for row in rows if row["step"] == "exactness" and row.get("group") == "float32"]
-    assert len(exact) == 2 and all(row["ok"] for row in exact)
+    assert len(exact) == 3 and all(row["ok"] for row in exact)
     (tests,) = (row for row in rows if row.get("group") == "pytest")
     assert tests["ok"] and "passed" in tests["says"] and "skipped" not in tests["says"]
     for step in ("op", "train", "decode", "card"):
@@ -74,7 +74,7 @@ def test_torch_and_triton_are_enough(tmp_path: Path):
     errors = {row["step"]: row["error"] for row in rows if "error" in row}
     assert errors.keys() == {"train"} and "No module named" in errors["train"]
     exact = [row for row in rows if row.get("group") == "float32"]
-    assert len(exact) == 2 and all(row["ok"] for row in exact)
+    assert len(exact) == 3 and all(row["ok"] for row in exact)
     (tests,) = (row for row in rows if row.get("group") == "pytest")
     assert not tests["ok"] and "pytest" in tests["says"]
 

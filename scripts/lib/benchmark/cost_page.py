@@ -24,6 +24,7 @@ COLOURS = {  # of contenders; others take those of OTHERS
     models.WINDOWS: "#f1a7d1",
     op.TRITON: "#111111",
     op.TRITON_FORGETTING: "#777777",
+    op.TRITON_COMPRESSED: "#7a1650",
     **dict.fromkeys((op.SDPA, models.LLAMA, serve.LLAMA_BATCHING), "#1f6fb2"),
     **dict.fromkeys((f"{models.LLAMA}, compiled", serve.LLAMA), "#5fb0e5"),
     models.LLAMA_ALIKE: "#12395e",

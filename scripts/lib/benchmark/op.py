@@ -18,7 +18,7 @@ FORWARD, BACKWARD = "forward", "forward + backward"
 OURS, COMPILED = "constant attention", "constant attention, compiled"
 TRITON, TRITON_FORGETTING = "constant attention, Triton", "constant attention, Triton, forgetting"
 FORGETTING = "constant attention, forgetting"
-COMPRESSED = "compressed attention"
+COMPRESSED, TRITON_COMPRESSED = "compressed attention", "compressed attention, Triton"
 SDPA, LINEAR, SCAN = "SDPA, causal", "linear attention, elu+1", "paper's scan"
 PRODUCTS = "its products and exponentials alone"
 GLA, LIGHTNET = "GLA, flash-linear-attention", "LightNet, flash-linear-attention"
@@ -44,7 +44,7 @@ def ours(x: Inputs, backend: str, forgets: bool) -> Tensor:
     return constant_attention(x.query, x.key, x.value, log_decay=x.log_decay if forgets else None, backend=backend)[0]
 
 
-def compressed(x: Inputs) -> Tensor:
+def compressed(x: Inputs, backend: str) -> Tensor:
     """With rotary positions, and slot keys that are the departing tokens' keys times D^−½."""
     H, D = x.key.shape[1], x.key.shape[3]
     frequencies = 10_000.0 ** -(torch.arange(0, D, 2, dtype=torch.float64, device=x.key.device) / D)
@@ -52,6 +52,7 @@ def compressed(x: Inputs) -> Tensor:
     return compressed_attention(
         x.query, x.key, x.value, sliding_window=WINDOW, num_kept_tokens=KEPT, num_sinks=SINKS, frequencies=frequencies,
         max_distance=MAX_DISTANCE, slot_query=x.slot_query, slot_weight=weight, slot_bias=weight.new_zeros(H, SLOTS),
+        backend=backend,
     )[0]  # fmt: skip
 
 
@@ -59,7 +60,7 @@ OpFunction = Callable[[Inputs], Tensor]
 FUNCTIONS: dict[str, OpFunction] = {  # the contenders everywhere …
     OURS: partial(ours, backend="torch", forgets=False),
     FORGETTING: partial(ours, backend="torch", forgets=True),
-    COMPRESSED: compressed,
+    COMPRESSED: partial(compressed, backend="torch"),
     SDPA: lambda x: F.scaled_dot_product_attention(x.query, x.key, x.value, is_causal=True),
     LINEAR: lambda x: linear_attention(x.query, x.key, x.value),
     SCAN: lambda x: scan_attention(x.query.float(), x.key.float(), x.value.float()),  # value stands for its log
@@ -67,6 +68,7 @@ FUNCTIONS: dict[str, OpFunction] = {  # the contenders everywhere …
 TRITON_FUNCTIONS: dict[str, OpFunction] = {  # … and on a GPU
     TRITON: partial(ours, backend="triton", forgets=False),
     TRITON_FORGETTING: partial(ours, backend="triton", forgets=True),
+    TRITON_COMPRESSED: partial(compressed, backend="triton"),
 }
 
 
