@@ -40,22 +40,18 @@ def measure(bench: Bench, config: Any, lengths: tuple[int, ...]) -> dict:
         contenders[f"{models.LLAMA_ALIKE}, compiled"] = compiled_call(alike, models.KINDS[models.LLAMA].cache, room)
     torch._dynamo.reset()
     rows = sweep(bench, TOKEN, contenders, lengths, int, steepest=1.0)
-    return {"rows": rows + contexts_in_turn(bench, built, lengths)} | facts
+    return {"rows": rows + contexts_in_turn(bench, {name: eager[name] for name in CONSTANT}, lengths)} | facts
 
 
-def contexts_in_turn(bench: Bench, built: dict[str, Any], lengths: Sequence[int]) -> list[dict]:
-    """Ours alone, after every context in turn: is the time per token the same? ratios: to each other context."""
-    calls = {
-        f"{name}, T={length:,}": call_after(built[name], models.KINDS[name], length)
-        for name in CONSTANT
-        for length in lengths
-    }
+def contexts_in_turn(bench: Bench, contenders: Contenders, lengths: Sequence[int]) -> list[dict]:
+    """Each after every context in turn: is the time per token the same? ratios: to each other context."""
+    calls = {f"{name}, T={length:,}": prepare(length) for name, prepare in contenders.items() for length in lengths}
     estimates = {name: first_calls(bench, call).seconds for name, call in calls.items()}
     often = dataclasses.replace(bench, rounds=15 * bench.rounds)  # they differ little, so measure them well
     runs = take_turns(often, calls, estimates)
     return [
         timed_row(CONTEXTS, name, length, f"T={length:,}", {f"T={T:,}": runs[f"{name}, T={T:,}"] for T in lengths})
-        for name in CONSTANT
+        for name in contenders
         for length in lengths
     ]
 

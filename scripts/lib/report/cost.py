@@ -39,7 +39,7 @@ def cost(configs: dict[str, Any], plan: Plan, settings: dict, bench: Bench, work
         built = new_models(bench, configs, PEERS)
         calls: Contenders = {name: partial(call_after, built[name], KINDS[name]) for name in PEERS}
         found = sweep(bench, TOKEN, calls, contexts, int, steepest=1.0)
-        return found + contexts_in_turn(bench, built[OURS], contexts)
+        return found + contexts_in_turn(bench, {OURS: calls[OURS]}, contexts)
 
     def cache() -> list[dict]:
         built = new_models(bench, configs, PEERS)
