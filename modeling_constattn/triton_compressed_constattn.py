@@ -115,14 +115,19 @@ def _load_names(names_ptr, number, stop, WINDOW: tl.constexpr):
 
 
 @jit
-def _load_queries(low_ptr, high_ptr, last_ptr, row, head, t, is_there, T, WINDOW: tl.constexpr):
-    """low, high and last [BQ], of queries t of a batch row and a key–value head; they read nothing where they are not there."""
+def _load_queries(
+    low_ptr, high_ptr, last_ptr, q_ptr, far_q_ptr, row, key_head, head, t, is_there, T, column, D: tl.constexpr,
+    WINDOW: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    """low, high and last [BQ], and the rows [BQ,BD] of queries t of a head, near and far; of a batch row and its key–value head.
+    They read nothing where they are not there."""
     low = tl.load(low_ptr + row * T + t, mask=is_there, other=0)
     high = tl.load(high_ptr + row * T + t, mask=is_there, other=0)
     last = low
     if not WINDOW:
-        last = tl.load(last_ptr + head * T + t, mask=is_there, other=-1)
-    return low, high, last
+        last = tl.load(last_ptr + key_head * T + t, mask=is_there, other=-1)
+    q = _load_rows(q_ptr + head * T * D, t, is_there, column, D)
+    return low, high, last, q, _load_far(far_q_ptr, head * T * D, t, is_there, column, D, q, FAR)
 
 
 @jit
@@ -185,9 +190,9 @@ def _read_kernel(
             return
     t, d, e = first + tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BV)
     is_there = t < stop_t
-    low, high, last = _load_queries(low_ptr, high_ptr, last_ptr, n // H, n, t, is_there, T, WINDOW)
-    q = _load_rows(q_ptr + head * T * D, t, is_there, d, D)
-    far_q = _load_far(far_q_ptr, head * T * D, t, is_there, d, D, q, FAR)
+    low, high, last, q, far_q = _load_queries(
+        low_ptr, high_ptr, last_ptr, q_ptr, far_q_ptr, n // H, n, head, t, is_there, T, d, D, WINDOW, FAR
+    )
     if WINDOW:
         start = tl.min(tl.where(high > low, low, A), 0)
         stop = tl.max(high, 0)
@@ -252,8 +257,9 @@ def _importance_kernel(
         head = n * G + g
         for start in range(first, stop, BQ):
             t = start + tl.arange(0, BQ)
-            low, high, last = _load_queries(low_ptr, high_ptr, low_ptr, n // H, n, t, t < stop, T, True)
-            q = _load_rows(q_ptr + head * T * D, t, t < stop, d, D)
+            low, high, last, q, _ = _load_queries(
+                low_ptr, high_ptr, low_ptr, q_ptr, q_ptr, n // H, n, head, t, t < stop, T, d, D, True, False
+            )
             lse = tl.load(lse_ptr + head * T + t, mask=t < stop, other=float("inf")) * _LOG2_E
             s = tl.where(_sees(name, name, low, high, last, True), _product(q, k), _NEG_INF)
             importance += tl.sum(tl.exp2((s - lse.to(q.dtype)[:, None]).to(tl.float32)), 0)
@@ -278,9 +284,9 @@ def _query_gradients_kernel(
             return
     t, d, e = first + tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BV)
     is_there = t < stop_t
-    low, high, last = _load_queries(low_ptr, high_ptr, last_ptr, n // H, n, t, is_there, T, WINDOW)
-    q = _load_rows(q_ptr + head * T * D, t, is_there, d, D)
-    far_q = _load_far(far_q_ptr, head * T * D, t, is_there, d, D, q, FAR)
+    low, high, last, q, far_q = _load_queries(
+        low_ptr, high_ptr, last_ptr, q_ptr, far_q_ptr, n // H, n, head, t, is_there, T, d, D, WINDOW, FAR
+    )
     lse = (tl.load(lse_ptr + head * T + t, mask=is_there, other=float("inf")) * _LOG2_E).to(q.dtype)
     delta = tl.load(delta_ptr + head * T + t, mask=is_there, other=0.0)
     dy = _load_rows(dy_ptr + head * T * V, t, is_there, e, V)
@@ -352,9 +358,9 @@ def _key_gradients_kernel(
         head = n * G + g
         for start in range(first, stop, BQ):
             t = start + tl.arange(0, BQ)
-            low, high, last = _load_queries(low_ptr, high_ptr, last_ptr, n // H, n, t, t < stop, T, WINDOW)
-            q = _load_rows(q_ptr + head * T * D, t, t < stop, d, D)
-            far_q = _load_far(far_q_ptr, head * T * D, t, t < stop, d, D, q, FAR)
+            low, high, last, q, far_q = _load_queries(
+                low_ptr, high_ptr, last_ptr, q_ptr, far_q_ptr, n // H, n, head, t, t < stop, T, d, D, WINDOW, FAR
+            )
             lse = (tl.load(lse_ptr + head * T + t, mask=t < stop, other=float("inf")) * _LOG2_E).to(q.dtype)
             delta = tl.load(delta_ptr + head * T + t, mask=t < stop, other=0.0)
             dy = _load_rows(dy_ptr + head * T * V, t, t < stop, e, V)
