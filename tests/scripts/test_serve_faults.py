@@ -103,21 +103,27 @@ def test_a_request_that_fails_fails_alone(lively: Path, tmp_path: Path, monkeypa
         for job in self.jobs:
             text = self.tokenizer.decode(job.prompt)
             poison.update({name: job for name in texts if f"{name}<" in text})
-        if "unreadable" in poison and ids == [poison["unreadable"].prompt]:
+        if "unreadable" in poison and poison["unreadable"].prompt in ids:
             raise RuntimeError("unreadable")
         if len(ids) > 1 and poison.get("poison") in self.running:
             raise RuntimeError("out of memory")
-        return forward(self, ids, cache)
+        output = forward(self, ids, cache)
+        if cache is not None and (job := poison.get("nan")):
+            if cache is job.cache:
+                output.logits[:] = torch.nan
+            elif cache is self.batch and job in self.running:
+                output.logits[self.running.index(job)] = torch.nan
+        return output
 
-    def choose(self: Engine, job: Any, logits: Any) -> None:
+    def fail(self: Engine, job: Any, token: int) -> None:
         if job is poison.get("choice") and len(job.answer) == 2:
             raise RuntimeError("choice")
         if job is poison.get("poison") and job.is_alone:
             raise RuntimeError("still")
-        write(self, job, logits * torch.nan if job is poison.get("nan") and job.answer else logits)
+        write(self, job, token)
 
     monkeypatch.setattr(Engine, "_forward", watch)
-    monkeypatch.setattr(Engine, "_write", choose)
+    monkeypatch.setattr(Engine, "_write", fail)
 
     async def run() -> list[Any]:
         async with client(lively, tmp_path, "--chunk-size", 1000) as http:

@@ -37,6 +37,7 @@ from modeling_constattn import cache_nbytes, speed_up_cpu_inference
 log = logging.getLogger("uvicorn.error")
 
 BODY_SECONDS = 30.0  # for a request's body to come
+LOOK_SECONDS = 0.2  # how often an answer's client is looked at, and told how far its prompt has been read
 LONG_BODY = 1 << 16  # bytes; requests beyond are prepared one at a time, so that the others find a thread
 ABSENT = ("completions", "embeddings", "responses", "moderations", "images/generations", "audio/speech")
 PAGE_POLICY = (  # the page asks this server alone, and is shown in no other
@@ -184,11 +185,12 @@ class Server:
             head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
             answer = Answer(head | ({"session_id": session.id} if is_taken else {}), job, seen, self.engine)
             yield answer
-            is_first = True
+            is_first, asked = True, time.monotonic()
             while True:
                 piece: Any = ""
                 with contextlib.suppress(TimeoutError):
-                    piece = await asyncio.wait_for(job.pieces.get(), 0.2)
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        piece = await job.pieces.get()
                     if piece is None:
                         break
                     if isinstance(piece, RequestError):
@@ -199,8 +201,10 @@ class Server:
                         self.metrics.first_token.observe(time.perf_counter() - began)
                         is_first = False
                 yield piece
-                if await http.is_disconnected():
-                    return
+                if time.monotonic() - asked >= LOOK_SECONDS:  # to ask costs as much as to send a piece
+                    if await http.is_disconnected():
+                        return
+                    asked = time.monotonic()
             if is_taken:
                 messages = [message.plain() for message in body.messages]
                 messages = [*session.messages, *messages, {"role": "assistant", "content": ANSWER}]

@@ -1,17 +1,16 @@
 """Decoding: reads newcomers piece by piece, and lets all running answers take their steps as one batch.
 
-A fault stays with the job that caused it. Newcomers are read one at a time, and each token is chosen for its own job. When the
-step that all take together fails, nobody can say whose fault it was, nor what it has left of the states: so each of these jobs is
-read once more from where it began, and goes on by itself to its end.
+A fault stays with the job that caused it. Each token is chosen for its own job. Where to read some newcomers together fails, each
+is read by itself. When the step that all take together fails, nobody can say whose fault it was, nor what it has left of the
+states: so each of these jobs is read once more from where it began, and goes on by itself to its end.
 """
 
 import asyncio
 import contextlib
-import copy
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,6 +104,7 @@ class Engine:
         self.alone: list[Job] = []  # running too, each with a cache of its own
         self.pieces: list[tuple[Job, str | Exception | None]] = []  # what a step has given so far
         self.wake = asyncio.Event()
+        self.is_over = False
         self.observe_step: Callable[[float], None] = lambda seconds: None
 
     def submit(self, job: Job) -> None:
@@ -126,58 +126,61 @@ class Engine:
             self.leave(job)
 
     async def run(self) -> None:
+        """Takes steps in a thread of its own for as long as there are jobs, until it is cancelled."""
         with ThreadPoolExecutor(1, "model") as thread:
-            while True:
-                await self.wake.wait()
-                while self.waiting or self.running or self.alone:
-                    began = time.perf_counter()
-                    try:
-                        await asyncio.get_running_loop().run_in_executor(thread, self.step)
-                    except Exception as error:  # none is known that gets here; but nobody is to wait for ever
-                        log.exception("decoding failed")
-                        self.pieces += [(job, error) for job in self.jobs]
-                        self.waiting.clear()
-                        self.running, self.batch, self.alone = [], None, []
-                    self.observe_step(time.perf_counter() - began)
-                    pieces, self.pieces = self.pieces, []
-                    for job, piece in pieces:
-                        if job in self.jobs:
-                            job.pieces.put_nowait(piece)
-                        if not isinstance(piece, str):
-                            self.jobs.discard(job)
-                self.wake.clear()
+            try:
+                while True:
+                    await self.wake.wait()
+                    self.wake.clear()
+                    await asyncio.get_running_loop().run_in_executor(thread, self._work, asyncio.get_running_loop())
+            finally:
+                self.is_over = True  # for the thread, which does not know
+
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Step after step: none waits until the text of the one before has been sent."""
+        while (self.waiting or self.running or self.alone) and not self.is_over:
+            began = time.perf_counter()
+            try:
+                self.step()
+            except Exception as error:  # none is known that gets here; but nobody is to wait for ever
+                log.exception("decoding failed")
+                self.pieces += [(job, error) for job in list(self.jobs)]
+                self.waiting.clear()
+                self.running, self.batch, self.alone = [], None, []
+            self.observe_step(time.perf_counter() - began)
+            pieces, self.pieces = self.pieces, []
+            loop.call_soon_threadsafe(self._give_out, pieces)
+
+    def _give_out(self, pieces: list[tuple[Job, str | Exception | None]]) -> None:
+        for job, piece in pieces:
+            if job in self.jobs:
+                job.pieces.put_nowait(piece)
+            if not isinstance(piece, str):
+                self.jobs.discard(job)
 
     @torch.no_grad()
     def step(self) -> None:
         """Reads up to chunk_size tokens of newcomers, then one token for each running job."""
-        joining: list[Job] = []
+        newcomers: dict[object, list[tuple[Job, list[int]]]] = {}
         budget = self.chunk_size
-        while self.waiting and budget and len(self.running) + len(self.alone) + len(joining) < self.max_running:
+        room = self.max_running - len(self.running) - len(self.alone)
+        while self.waiting and budget and room:
             job = self.waiting.popleft()
             if job.has_left:
                 continue
-            chunk, job.unread = job.unread[:budget], job.unread[budget:]
-            budget -= len(chunk)
-            try:
-                output = self._forward([chunk], copy.deepcopy(job.start) if job.cache is None else job.cache)
-                job.cache = output.past_key_values
-                if job.unread:
-                    self.waiting.append(job)  # its turn comes again after the others'
-                    continue
-                if not job.finish:
-                    self._write(job, output.logits[0, -1])
-                (self.alone if job.is_alone else joining).append(job)
-            except Exception as error:
-                self._fail(job, error)
+            piece, job.unread = job.unread[:budget], job.unread[budget:]
+            budget -= len(piece)
+            room -= 1
+            # Together are read those that begin a state, or go on with one, and of these pieces of about one length: so less than
+            # half of what the model reads is padding.
+            alike = job if job.is_alone else (job.cache or job.start) is None, len(piece).bit_length()
+            newcomers.setdefault(alike, []).append((job, piece))
+        joining = [job for group in newcomers.values() for job in self._read(group)]
         try:
             self._regroup(joining)
             if self.running:
-                logits = self._forward([job.answer[-1:] for job in self.running], self.batch).logits[:, -1]
-                for job, row in zip(self.running, logits, strict=True):
-                    try:
-                        self._write(job, row)
-                    except Exception as error:
-                        self._fail(job, error)
+                output = self._forward([job.answer[-1:] for job in self.running], self.batch)
+                self._choose(self.running, output.logits[:, -1])
                 self._regroup([])
         except Exception:
             jobs = self.running + [job for job in joining if job not in self.running]
@@ -186,11 +189,33 @@ class Engine:
         for job in self.alone:
             if not job.finish and not job.has_left:
                 try:
-                    self._write(job, self._forward([job.answer[-1:]], job.cache).logits[0, -1])
+                    output = self._forward([job.answer[-1:]], job.cache)
                 except Exception as error:
                     self._fail(job, error)
+                else:
+                    self._choose([job], output.logits[:, -1])
         self.pieces += [(job, None) for job in self.alone if job.finish not in (None, "error")]
         self.alone = [job for job in self.alone if not job.finish and not job.has_left]
+
+    def _read(self, newcomers: list[tuple[Job, list[int]]]) -> list[Job]:
+        """Reads a piece of each; those that are to join the running ones."""
+        jobs, pieces = zip(*newcomers, strict=True)
+        try:
+            starts = [job.cache or job.start for job in jobs]  # all or none: these are not written to
+            output = self._forward(pieces, None if starts[0] is None else stack_caches(starts))
+            rows = split_cache(output.past_key_values)
+        except Exception as error:
+            if len(jobs) > 1:
+                return [job for newcomer in newcomers for job in self._read([newcomer])]
+            self._fail(jobs[0], error)
+            return []
+        for job, row in zip(jobs, rows, strict=True):
+            job.cache = row
+        self._choose(jobs, output.logits[:, -1])
+        self.waiting += [job for job in jobs if job.unread]  # their turn comes again after the others'
+        read = [job for job in jobs if not job.unread and job.finish != "error"]
+        self.alone += [job for job in read if job.is_alone]
+        return [job for job in read if not job.is_alone]
 
     def _separate(self, jobs: list[Job]) -> None:
         """Has each read again what it has read and written."""
@@ -208,9 +233,15 @@ class Engine:
         job.finish = "error"
         self.pieces.append((job, error))
 
-    def _forward(self, ids: list[list[int]], cache: Cache | None) -> Any:
-        inputs = torch.tensor(ids, device=self.model.device)
-        return self.model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    def _forward(self, ids: Sequence[list[int]], cache: Cache | None) -> Any:
+        """Shorter rows are padded on the left: the logits kept are those after the last token of each."""
+        lengths = torch.tensor([len(row) for row in ids])
+        longest = int(lengths.max())
+        inputs = torch.tensor([[0] * (longest - len(row)) + row for row in ids], device=self.model.device)
+        mask = None
+        if lengths.min() < longest:
+            mask = (torch.arange(longest) >= longest - lengths[:, None]).to(self.model.device)
+        return self.model(inputs, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     def _regroup(self, joining: list[Job]) -> None:
         """Lets jobs join and those that are finished or left go, each with its row of the batch."""
@@ -228,19 +259,29 @@ class Engine:
             job.cache = None  # it is in the batch
         self.pieces += [(job, None) for job in everyone if job.finish not in (None, "error")]
 
-    def _write(self, job: Job, logits: Tensor) -> None:
-        """Chooses the next token and gives out the text that is certain by now; sets `finish` where it is the last."""
-        scores = logits[None].float()
-        if not scores.isfinite().all():
-            raise ValueError("the model gave no finite numbers")
-        if job.temperature == 0:
-            token = int(scores.argmax())
-        else:
-            # from the largest down, and by no less than that: so the smallest temperature gives no inf − inf
-            scores = (scores - scores.max()) / max(job.temperature, 1e-30)
-            if job.top_p < 1:
-                scores = TopPLogitsWarper(job.top_p)(None, scores)
-            token = int(torch.multinomial(scores.softmax(-1), 1, generator=job.generator))
+    def _choose(self, jobs: Sequence[Job], logits: Tensor) -> None:
+        """Writes the next token of each job that has been read and is not finished, by its row of [n,vocabulary]."""
+        logits = logits.float()
+        likeliest, is_finite = logits.argmax(-1).tolist(), logits.isfinite().all(-1).tolist()
+        for row, job in enumerate(jobs):
+            if job.unread or job.finish:
+                continue
+            try:
+                if not is_finite[row]:
+                    raise ValueError("the model gave no finite numbers")
+                self._write(job, likeliest[row] if job.temperature == 0 else self._draw(job, logits[row]))
+            except Exception as error:
+                self._fail(job, error)
+
+    def _draw(self, job: Job, scores: Tensor) -> int:
+        # from the largest down, and by no less than that: so the smallest temperature gives no inf − inf
+        scores = (scores - scores.max()) / max(job.temperature, 1e-30)
+        if job.top_p < 1:
+            scores = TopPLogitsWarper(job.top_p)(None, scores[None])[0]
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=job.generator))
+
+    def _write(self, job: Job, token: int) -> None:
+        """Gives out the text that is certain by now; sets `finish` where the token is the last."""
         if token in self.ends:
             job.finish, job.pending = "stop", []
         else:
