@@ -496,11 +496,11 @@ def compressed_step_(
     frequencies = _or_none(frequencies, key.device)
     dtype = _compute_dtype(value.dtype)
     rows, count = torch.arange(B, device=key.device), state.seen.clone()
-    real = torch.ones_like(count, dtype=torch.bool) if key_mask is None else key_mask[:, 0]
+    real = None if key_mask is None else key_mask[:, 0]
     place = count % W  # [B]
 
     # The token that leaves the window, where it is full: it competes, or departs at once.
-    leaving_position = torch.where(real, count - W, -1)
+    leaving_position = count - W if real is None else torch.where(real, count - W, -1)  # below 0: nobody leaves
     at = torch.stack([count, count - W], 1)[:, None]  # [B,1,2]
     leaving_key, leaving_value = state.window_key[rows, :, place], state.window_value[rows, :, place]  # [B,H,·]
     both = torch.stack([key[:, :, 0], leaving_key], 2)
@@ -510,8 +510,9 @@ def compressed_step_(
         ranks = torch.cat([state.kept_rank, rank[..., None]], 2)  # [B,H,M+1]
         least, who = ranks.min(-1, keepdim=True)
         stays = who < M  # the leaving token takes the place of the least; with −1, nobody departs
-        swap = stays & (rank[..., None] >= 0)
-        departs = (least[..., 0] >= 0) & (rank >= 0)
+        leaves = rank >= 0
+        swap = stays & leaves[..., None]
+        departs = (least[..., 0] >= 0) & leaves
         seat = who.clamp(max=M - 1)
         departing_key = _take(state.kept_plain_key, seat)[:, :, 0].where(stays, plain_key)
         departing_value = _take(state.kept_value, seat)[:, :, 0].where(stays, leaving_value)
@@ -534,20 +535,24 @@ def compressed_step_(
         (state.window_value, new_value),
         (state.window_importance, torch.zeros_like(state.window_importance[:, :, 0])),
     ):
-        keep = real.view(B, *[1] * (new.dim() - 1))
-        window[rows, :, place] = new.to(window.dtype).where(keep, window[rows, :, place])
-    state.seen.add_(real)
+        if real is not None:
+            new = new.where(real.view(B, *[1] * (new.dim() - 1)), window[rows, :, place].to(new.dtype))
+        window[rows, :, place] = new.to(window.dtype)
+    state.seen.add_(1 if real is None else real)
 
     # The window: its places hold the last min(count, W) tokens.
     q = rotate(query, count[:, None, None], frequencies).to(dtype).view(B, H, -1, D) * scaling  # [B,H,G,D]
     scores = q @ state.window_key.to(dtype).transpose(2, 3)  # [B,H,G,W]
     is_filled = torch.arange(W, device=key.device) < state.seen[:, None]
     scores = scores.masked_fill(~is_filled[:, None, None], _NEG_INF)
-    scores = scores.where(is_filled.any(1)[:, None, None, None], 0.0)  # a row that has seen nothing; its output is 0
+    if real is not None:
+        scores = scores.where(
+            is_filled.any(1)[:, None, None, None], 0.0
+        )  # a row that has seen nothing; its output is 0
     if num_sinks < M:
-        received = scores.softmax(-1).sum(2).where(real[:, None, None], 0.0)
-        state.window_importance.add_(received)
-    values = state.window_value
+        received = scores.softmax(-1).sum(2)
+        state.window_importance.add_(received if real is None else received.where(real[:, None, None], 0.0))
+    parts = [(scores, state.window_value)]
     if M:
         kept_scores = q @ state.kept_key.to(dtype).transpose(2, 3)
         if max_distance is not None:
@@ -557,7 +562,7 @@ def compressed_step_(
             is_far = count[:, None, None] - _position(state.kept_rank) > max_distance
             kept_scores = far_scores.where(is_far[:, :, None], kept_scores)
         kept_scores = kept_scores.masked_fill((state.kept_rank < 0)[:, :, None], _NEG_INF)
-        scores, values = torch.cat([scores, kept_scores], -1), torch.cat([values, state.kept_value], 2)
+        parts.append((kept_scores, state.kept_value))
     if K:
         assert slot_query is not None and slot_weight is not None and slot_bias is not None
         slot_key = torch.einsum("bhd,hkd->bhk", departing_key.to(dtype), slot_weight.to(dtype)) + slot_bias.to(dtype)
@@ -570,9 +575,16 @@ def compressed_step_(
         state.mean.copy_(torch.lerp(state.mean, departing_value[:, :, None].to(state.mean.dtype), weight))
         state.log_Z.copy_(log_Z)
         slot_scores = slot_query.to(dtype).view(B, H, -1, K) + log_Z[:, :, None]  # float64, as log_Z
-        scores, values = torch.cat([scores, slot_scores], -1), torch.cat([values.to(dtype), state.mean], 2)
-    output = scores.softmax(-1).to(dtype) @ values.to(dtype)  # [B,H,G,V]
-    return output.view(B, heads, 1, -1).masked_fill(~real[:, None, None, None], 0.0).to(value.dtype)
+        parts.append((slot_scores, state.mean))
+    weights = (
+        torch.cat([scores for scores, _ in parts], -1).softmax(-1).to(dtype).split([x.shape[-1] for x, _ in parts], -1)
+    )
+    # Part by part, since the values in one piece would be a copy of them all.
+    output = sum(weight @ values.to(dtype) for weight, (_, values) in zip(weights, parts, strict=True))  # [B,H,G,V]
+    output = output.view(B, heads, 1, -1)
+    if real is not None:
+        output = output.masked_fill(~real[:, None, None, None], 0.0)
+    return output.to(value.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ the exact part: forward, backward

@@ -24,6 +24,7 @@ import torch._dynamo
 from tqdm.auto import tqdm
 
 MIN_ROUNDS = 3
+SWEEP_CALLS = 2 + MIN_ROUNDS  # of one row: two that are not counted, and the fewest that are
 SHORT_SECONDS = 1.0  # a shorter call is made once, untimed, before each run: the run finds its own memory and caches
 FREE_SHARE = 0.9  # of the free memory that a contender may take
 
@@ -96,8 +97,10 @@ def sweep(
     return rows
 
 
-def too_costly(bench: Bench, past: Sequence[dict], length: int, steepest: float) -> str | None:
-    """The reason why a contender stops, from how its time and memory have grown so far."""
+def too_costly(
+    bench: Bench, past: Sequence[dict], length: int, steepest: float, calls: int = SWEEP_CALLS
+) -> str | None:
+    """The reason why a contender stops, from how its time and memory have grown so far; a row takes so many calls."""
     if not past:
         return None
 
@@ -108,13 +111,14 @@ def too_costly(bench: Bench, past: Sequence[dict], length: int, steepest: float)
             growth = math.log(last / before) / math.log(past[-1]["length"] / past[-2]["length"])
         return last * (length / past[-1]["length"]) ** min(max(growth, 0.0), 3.0)
 
-    return too_slow(bench, predicted("median")) or no_room(predicted("peak_bytes"), bench.device)
+    return too_slow(bench, predicted("median"), calls) or no_room(predicted("peak_bytes"), bench.device)
 
 
-def too_slow(bench: Bench, seconds: float) -> str | None:
-    calls = 2 + MIN_ROUNDS
+def too_slow(bench: Bench, seconds: float, calls: int = SWEEP_CALLS) -> str | None:
     if calls * seconds > bench.budget:
-        return f"{calls} calls would take {calls * seconds:,.0f} s, the budget is {bench.budget:,.0f} s"
+        return (
+            f"{calls} call{'s' * (calls > 1)} would take {calls * seconds:,.0f} s, the budget is {bench.budget:,.0f} s"
+        )
     return None
 
 

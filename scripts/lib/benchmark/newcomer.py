@@ -48,7 +48,8 @@ def rows_of(
     try:
         with server() as served:
             for length in tqdm(lengths, desc=name, unit="length"):
-                if reason := too_costly(bench, [row for row in rows if row["group"] == FIRST], length, 2.0):
+                past = [row for row in rows if row["group"] == FIRST]
+                if reason := too_costly(bench, past, length, 2.0, calls=1):
                     raise RuntimeError(reason)
                 asyncio.run(meet(served, 1))  # warms up
                 before, during, first = asyncio.run(meet(served, length))

@@ -12,7 +12,7 @@ from typing import Any
 from lib.benchmark import models, servers
 from lib.benchmark.results import Measurement, View
 from lib.benchmark.servers import Served, Stream, words
-from lib.timing import Bench, Call, Contenders, Unavailable, free_memory, sweep
+from lib.timing import Bench, Call, Contenders, Unavailable, free_memory, sweep, too_slow
 
 STREAMS = (1, 8, 32)
 ANSWER = 16  # tokens
@@ -47,10 +47,14 @@ def measure(bench: Bench, config: Any, lengths: tuple[int, ...]) -> dict:
                     asked[SESSIONS] = partial(sessions, served)
             except Unavailable as error:
                 asked[name] = partial(refuse, error)
-        rows = []
+        rows: list[dict] = []
         for count in STREAMS:
             taken: dict[tuple[str, int], list[float]] = {}  # seconds to the first tokens, by contender and length
-            contenders: Contenders = {name: partial(burst, taken, name, make, count) for name, make in asked.items()}
+            alone = {(row["contender"], row["length"]): row for row in rows if row["group"] == all_answers(1)}
+            contenders: Contenders = {
+                name: partial(burst, partial(foresee, bench, alone, name), taken, name, make, count)
+                for name, make in asked.items()
+            }
             # From one token of context nothing can be told of thousands: steepest=0.
             timed = sweep(bench, all_answers(count), contenders, lengths, int, untracked=contenders, steepest=0.0)
             rows += [row | {"tokens": count * ANSWER} for row in timed]
@@ -90,13 +94,31 @@ def refuse(error: Unavailable, count: int, length: int) -> Callable[[], list[Str
     raise error
 
 
+def foresee(bench: Bench, alone: dict[tuple[str, int], dict], name: str, count: int, length: int) -> None:
+    """Where one answer alone has been measured: contexts of so many take so many times as long to read.
+
+    Raises:
+        Unavailable: it had been left out, or they would take longer than the budget.
+    """
+    if not alone:
+        return
+    least = alone[name, min(own for contender, own in alone if contender == name)]
+    own = alone[name, length]
+    if "left_out" in own:
+        raise Unavailable("as for one alone")
+    if reason := too_slow(bench, least["median"] + count * (own["median"] - least["median"])):
+        raise Unavailable(reason)
+
+
 def burst(
+    foresee: Callable[[int, int], None],
     taken: dict[tuple[str, int], list[float]],
     name: str,
     make: Ask,
     count: int,
     length: int,
 ) -> Call:
+    foresee(count, length)
     ask = make(count, length)
 
     def call() -> None:

@@ -26,6 +26,7 @@ def study_page(studies: Sequence[tuple[Path, list[Cell]]], results: list[dict]) 
     ]
     for file, cells in studies:
         blocks += [f"## {file.stem}", header(file)]
+        texts: list[tuple[Task, list[dict]]] = []
         for task_name in dict.fromkeys(cell.task_name for cell in cells):
             own = [cell for cell in cells if cell.task_name == task_name]
             keys = [(cell.mixer_name, key(cell.settings())) for cell in own]
@@ -40,6 +41,11 @@ def study_page(studies: Sequence[tuple[Path, list[Cell]]], results: list[dict]) 
                 blocks += [table(task, rows), *sweeps(rows), *ablations(rows)]
                 if task.kind in PLOTS and (task.kind != "text" or task.test_lengths):
                     blocks.append(Plot(f"{file.stem}-{task_name}.png", task_name, partial(PLOTS[task.kind], rows)))
+                if task.kind == "text":
+                    texts.append((task, rows))
+        if len({task.tokens for task, _ in texts}) > 1 and len({task.length for task, _ in texts}) == 1:
+            what = "whether the ranking holds: loss by tokens of training, for each size"
+            blocks.append(Plot(f"{file.stem}-ranking.png", what, partial(plot_ranking, texts)))
     return blocks
 
 
@@ -188,6 +194,21 @@ def plot_positions(rows: list[dict]) -> bytes:
         points[row["mixer"]] = [(octave[0]["to"], statistics.fmean(map(rise, octave))) for octave in octaves]
     y = "loss ÷ loss of the same bytes in rows as trained"
     return draw("bytes of text before", y, (0.95, 1.2), points, level=1.0)
+
+
+def plot_ranking(texts: Sequence[tuple[Task, list[dict]]]) -> bytes:
+    """Loss over tokens of training, a line for each mixer and size."""
+    points: Points = {}
+    for task, rows in texts:
+        for row in rows:
+            if None not in (found := [run["test"]["loss"] for run in row["runs"]]):
+                name = f"{row['mixer']}, {row['runs'][0]['parameters'] / 1e6:.1f}M"
+                points.setdefault(name, []).append((task.tokens, statistics.fmean(found)))
+    losses = [loss for own in points.values() for _, loss in own]
+    limits = (0.98 * min(losses), 1.02 * max(losses))
+    return draw(
+        "tokens of training", "loss, nats per byte", limits, {name: sorted(own) for name, own in points.items()}
+    )
 
 
 def draw(

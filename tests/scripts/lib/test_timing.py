@@ -35,15 +35,17 @@ def test_a_row_by_hand():
 
 
 def test_costly_contenders_are_foreseen(monkeypatch: pytest.MonkeyPatch):
-    def foreseen(length: int, *past: tuple[int, float, int | None]) -> str | None:
+    def foreseen(length: int, *past: tuple[int, float, int | None], **calls: int) -> str | None:
         rows = [{"length": T, "median": seconds, "peak_bytes": size} for T, seconds, size in past]
-        return too_costly(Bench("cpu", budget=100.0), rows, length, 2.0)
+        return too_costly(Bench("cpu", budget=100.0), rows, length, 2.0, **calls)
 
     monkeypatch.setattr(timing.psutil, "virtual_memory", lambda: argparse.Namespace(available=10_000_000))
     assert foreseen(1024) is None  # nothing is known
     assert foreseen(1024, (256, 1.0, 0)) is None  # 16 s, if it grows as T², 5 times
     assert foreseen(1024, (256, 1.0, None)) is None
     assert foreseen(2048, (256, 1.0, 0)) == "5 calls would take 320 s, the budget is 100 s"
+    assert foreseen(2048, (256, 1.0, 0), calls=1) is None  # 64 s
+    assert foreseen(4096, (256, 1.0, 0), calls=1) == "1 call would take 256 s, the budget is 100 s"
     assert foreseen(2048, (128, 0.5, 0), (256, 1.0, 0)) is None  # it grows as T
     assert foreseen(512, (128, 1.0, 0), (256, 8.0, 0)) == "5 calls would take 320 s, the budget is 100 s"
     assert foreseen(512, (128, 0, 3_000_000), (256, 0, 6_000_000)) == "it would take 0.0 GB, 0.0 GB are free"

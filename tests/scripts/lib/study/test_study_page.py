@@ -53,3 +53,22 @@ def test_the_learning_rate_is_chosen_on_validation_by_the_seeds_that_all_rates_h
         "`ours`, validation by learning rate: 1: inf, 2: 3.000."
     ]
     assert study_page.sweeps([study_page.summary("ours", [fake(1, 0, 2.0, 9.0)])]) == []
+
+
+def test_the_ranking_is_drawn_over_tokens_for_each_size(monkeypatch: pytest.MonkeyPatch):
+    def texts(model: int, steps: int, losses: dict[str, float | None]) -> tuple[Task, list[dict]]:
+        runs = {name: fake(1e-3, 0, 1.0, loss) | {"parameters": model} for name, loss in losses.items()}
+        return Task("text", {}, 16, batch=2, steps=steps), [
+            {"mixer": name, "runs": [run]} for name, run in runs.items()
+        ]
+
+    monkeypatch.setattr(study_page, "draw", lambda x, y, limits, points: points)
+    long, short = (
+        texts(1_300_000, 30, {"ours": 1.0, "softmax": None}),
+        texts(1_290_000, 3, {"ours": 2.0, "softmax": 3.0}),
+    )
+    assert study_page.plot_ranking([long, short, texts(310_000, 3, {"ours": 4.0})]) == {
+        "ours, 1.3M": [(96, 2.0), (960, 1.0)],
+        "softmax, 1.3M": [(96, 3.0)],
+        "ours, 0.3M": [(96, 4.0)],
+    }
