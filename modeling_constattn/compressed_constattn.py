@@ -503,8 +503,9 @@ def compressed_step_(
     leaving_position = count - W if real is None else torch.where(real, count - W, -1)  # below 0: nobody leaves
     at = torch.stack([count, count - W], 1)[:, None]  # [B,1,2]
     leaving_key, leaving_value = state.window_key[rows, :, place], state.window_value[rows, :, place]  # [B,H,·]
-    both = torch.stack([key[:, :, 0], leaving_key], 2)
-    new_key, plain_key = rotate(both, at * at.new_tensor([1, -1]), frequencies).unbind(2)
+    cos, sin = _cos_sin(at, frequencies, key.dtype)  # [B,1,2,F]
+    new_key = _turn(key, cos[:, :, :1], sin[:, :, :1])[:, :, 0]
+    plain_key = _turn(leaving_key, cos[:, :, 1], -sin[:, :, 1])
     if M:
         rank = _rank(state.window_importance[rows, :, place], leaving_position[:, None].expand(B, H), num_sinks)
         ranks = torch.cat([state.kept_rank, rank[..., None]], 2)  # [B,H,M+1]
@@ -514,15 +515,16 @@ def compressed_step_(
         swap = stays & leaves[..., None]
         departs = (least[..., 0] >= 0) & leaves
         seat = who.clamp(max=M - 1)
-        departing_key = _take(state.kept_plain_key, seat)[:, :, 0].where(stays, plain_key)
-        departing_value = _take(state.kept_value, seat)[:, :, 0].where(stays, leaving_value)
+        seated = []
         for kept, new in (
             (state.kept_key, leaving_key),
             (state.kept_plain_key, plain_key),
             (state.kept_value, leaving_value),
         ):
             index = seat[..., None].expand(B, H, 1, kept.shape[-1])
-            kept.scatter_(2, index, new[:, :, None].where(swap[..., None], kept.gather(2, index)).to(kept.dtype))
+            seated.append(kept.gather(2, index)[:, :, 0])
+            kept.scatter_(2, index, new.where(swap, seated[-1]).to(kept.dtype)[:, :, None])
+        departing_key, departing_value = seated[1].where(stays, plain_key), seated[2].where(stays, leaving_value)
         state.kept_rank.scatter_(2, seat, rank[..., None].where(swap, state.kept_rank.gather(2, seat)))
     else:
         departing_key, departing_value = plain_key, leaving_value
@@ -541,7 +543,7 @@ def compressed_step_(
     state.seen.add_(1 if real is None else real)
 
     # The window: its places hold the last min(count, W) tokens.
-    q = rotate(query, count[:, None, None], frequencies).to(dtype).view(B, H, -1, D) * scaling  # [B,H,G,D]
+    q = _turn(query, cos[:, :, :1], sin[:, :, :1]).to(dtype).view(B, H, -1, D) * scaling  # [B,H,G,D]
     scores = q @ state.window_key.to(dtype).transpose(2, 3)  # [B,H,G,W]
     is_filled = torch.arange(W, device=key.device) < state.seen[:, None]
     scores = scores.masked_fill(~is_filled[:, None, None], _NEG_INF)
