@@ -149,7 +149,9 @@ def probe(options: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenize
     if options.cost:
         tables["cost"] = probes.cost(named, options.cost)
     print(markdown(probes.tables(tables)))
-    about = {"checkpoint": options.checkpoint, "teacher": options.teacher, "data": source_names(options.data)}
+    about = {"checkpoint": options.checkpoint, "data": source_names(options.data)}
+    if options.teacher:  # what is measured without one stays beside the tables of one
+        about["teacher"] = options.teacher
     return write(earlier_tables(options.output, about) | tables, options.output)
 
 

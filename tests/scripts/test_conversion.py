@@ -376,10 +376,10 @@ def test_a_comparison_is_kept_measured_in_parts_and_shown_on_the_card(
     assert f"| 100 | {found['teacher']} of 2 | {found['model']} of 2 |" in text
     assert "## Beside its source" in text and "from docs.jsonl" in text
 
-    other = evaluate_script.main(
-        [str(folder), str(docs), "--stream", "64", "--output", str(folder / "comparison.json")]
-    )
-    assert "positions" not in other  # of another comparison
+    alone = [str(folder), str(docs), "--stream", "64", "--output", str(folder / "comparison.json")]
+    beside = evaluate_script.main(alone)
+    assert beside == result | {"stream": beside["stream"]} and {row["model"] for row in beside["stream"]} == {"model"}
+    assert "positions" not in evaluate_script.main([*alone, "--teacher", str(folder)])  # of another comparison
 
 
 def test_texts_that_are_too_short_are_named(evaluate_script: ModuleType, converted: Path, docs: Path, tmp_path: Path):

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from lib.benchmark import models, serve, servers
 from lib.benchmark.results import Measurement, View
 from lib.benchmark.servers import Served, words
-from lib.timing import Bench, in_short, too_costly
+from lib.timing import Bench, Unavailable, in_short, too_costly
 
 OTHERS = 4  # streams that go on all the time, answer after answer
 ANSWER = 64  # tokens of each
@@ -50,7 +50,7 @@ def rows_of(
             for length in tqdm(lengths, desc=name, unit="length"):
                 past = [row for row in rows if row["group"] == FIRST]
                 if reason := too_costly(bench, past, length, 2.0, calls=1):
-                    raise RuntimeError(reason)
+                    raise Unavailable(reason)
                 asyncio.run(meet(served, 1))  # warms up
                 before, during, first = asyncio.run(meet(served, length))
                 rows += [gap_row(GAP, name, length, during), gap_row(GAP, ALONE.format(name), length, before)]

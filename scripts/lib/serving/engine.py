@@ -104,7 +104,6 @@ class Engine:
         self.alone: list[Job] = []  # running too, each with a cache of its own
         self.pieces: list[tuple[Job, str | Exception | None]] = []  # what a step has given so far
         self.wake = asyncio.Event()
-        self.is_over = False
         self.observe_step: Callable[[float], None] = lambda seconds: None
 
     def submit(self, job: Job) -> None:
@@ -126,37 +125,29 @@ class Engine:
             self.leave(job)
 
     async def run(self) -> None:
-        """Takes steps in a thread of its own for as long as there are jobs, until it is cancelled."""
         with ThreadPoolExecutor(1, "model") as thread:
-            try:
-                while True:
-                    await self.wake.wait()
-                    self.wake.clear()
-                    await asyncio.get_running_loop().run_in_executor(thread, self._work, asyncio.get_running_loop())
-            finally:
-                self.is_over = True  # for the thread, which does not know
-
-    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Step after step: none waits until the text of the one before has been sent."""
-        while (self.waiting or self.running or self.alone) and not self.is_over:
-            began = time.perf_counter()
-            try:
-                self.step()
-            except Exception as error:  # none is known that gets here; but nobody is to wait for ever
-                log.exception("decoding failed")
-                self.pieces += [(job, error) for job in list(self.jobs)]
-                self.waiting.clear()
-                self.running, self.batch, self.alone = [], None, []
-            self.observe_step(time.perf_counter() - began)
-            pieces, self.pieces = self.pieces, []
-            loop.call_soon_threadsafe(self._give_out, pieces)
-
-    def _give_out(self, pieces: list[tuple[Job, str | Exception | None]]) -> None:
-        for job, piece in pieces:
-            if job in self.jobs:
-                job.pieces.put_nowait(piece)
-            if not isinstance(piece, str):
-                self.jobs.discard(job)
+            while True:
+                await self.wake.wait()
+                while self.waiting or self.running or self.alone:
+                    began = time.perf_counter()
+                    try:
+                        await asyncio.get_running_loop().run_in_executor(thread, self.step)
+                    except Exception as error:  # none is known that gets here; but nobody is to wait for ever
+                        log.exception("decoding failed")
+                        self.pieces += [(job, error) for job in self.jobs]
+                        self.waiting.clear()
+                        self.running, self.batch, self.alone = [], None, []
+                    self.observe_step(time.perf_counter() - began)
+                    pieces, self.pieces = self.pieces, []
+                    for job, piece in pieces:
+                        if job in self.jobs:
+                            job.pieces.put_nowait(piece)
+                        if not isinstance(piece, str):
+                            self.jobs.discard(job)
+                    # Who waits for a piece wakes, and sends it, before the next step takes the processors.
+                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)
+                self.wake.clear()
 
     @torch.no_grad()
     def step(self) -> None:
