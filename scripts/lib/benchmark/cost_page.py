@@ -129,13 +129,17 @@ def draw(view: View, rows: list[dict]) -> bytes:
     panels = [(quantity, view.unit, factor, "time" if quantity == "median" else "size")]
     if any(row.get("peak_bytes") for row in rows):
         panels.append(("peak_bytes", "MB", 1e-6, "peak memory of one call"))
-    figure = Figure(figsize=(1 + 5 * len(panels), 5.2), layout="constrained")
+    width = 1 + 5 * len(panels)  # inches
+    figure = Figure(figsize=(width, 5.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (quantity, unit, factor, what) in zip(axes, panels, strict=True):
         draw_panel(axis, view, rows, quantity, factor)
         axis.set(xlabel=view.axis, ylabel=f"{what} ({unit})")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=1 + len(panels), frameon=False, fontsize=9)
+    columns = max(
+        1, min(1 + len(panels), 14 * width // (max(map(len, labels)) + 8))
+    )  # 14 letters to an inch; a line for each
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     figure.suptitle(view.title)
     return saved(figure, dpi=130)
 
