@@ -151,8 +151,8 @@ class Kind(NamedTuple):
 KINDS = {
     MODEL: Kind(lambda config, target: config, constattn_cache),
     LLAMA: Kind(matching_llama, llama_cache),
-    COMPRESSED: Kind(partial(matching_softmax, "compressed_attention"), softmax_cache, is_compiled=False),
-    WINDOWS: Kind(partial(matching_softmax, "sliding_attention"), softmax_cache, is_compiled=False),
+    COMPRESSED: Kind(partial(matching_softmax, "compressed_attention"), softmax_cache),
+    WINDOWS: Kind(partial(matching_softmax, "sliding_attention"), softmax_cache),
     MAMBA: Kind(matching_mamba, mamba_cache, "cache_params", mamba_nbytes, is_profiled=False, is_compiled=False),
 }
 NOT_PROFILED = [name for name, kind in KINDS.items() if not kind.is_profiled]
