@@ -26,9 +26,6 @@ SLOT_OPTIONS = ("slot_weight", "slot_bias", "log_decay")  # what `slot_k` gives 
 LEAST_WINDOW = 1 / 8  # of the model's window, the narrowest one that is drawn
 FIRST_TEXTS = 2  # blocks whose keys the slots begin at
 LLOYD_STEPS = 8
-HALF_LIFE = (
-    1024  # departing tokens in which a slot loses half of its weight, at the start: in a stream it would grow for ever
-)
 SHARPNESS = (1.0, 0.5, 0.25, 0.125)  # of the centres at the start
 LIGHTER = (
     0.0,
@@ -136,7 +133,6 @@ def start_layer(layer: CompressedAttention, sinks: int, texts: list[tuple[dict[s
         slot_q.bias.copy_((wanted - reads.logsumexp(-1)).mean(-1).flatten()[:, None].expand_as(slot_q.bias))
 
     slot_q.weight.copy_((scaling * outlasts * centre).repeat_interleave(G, 0))
-    slot_k.decay.fill_(math.log(2) / HALF_LIFE)
     full, errors = full_attention(others, options), []
     sharpness, lighter = centre.new_tensor(SHARPNESS), centre.new_tensor(LIGHTER)
     for sharp in sharpness:

@@ -143,7 +143,7 @@ def test_slots_start_with_the_weight_of_what_they_stand_for(converted: Path):
     assert (slots - departed).abs().mean() < 1.0
     # All that ever departs weighs no more than some 1,500 tokens: a stream without end does not drown what is exact.
     kept = options["log_decay"].exp()
-    assert (1 / (1 - kept) - conversion.HALF_LIFE / math.log(2)).abs().max() < 1.0
+    assert (1 / (1 - kept) - 1024 / math.log(2)).abs().max() < 1.0
 
 
 def test_slots_that_are_trained_are_not_started_again(aligned: Path):
