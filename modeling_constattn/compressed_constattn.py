@@ -547,10 +547,8 @@ def compressed_step_(
     scores = q @ state.window_key.to(dtype).transpose(2, 3)  # [B,H,G,W]
     is_filled = torch.arange(W, device=key.device) < state.seen[:, None]
     scores = scores.masked_fill(~is_filled[:, None, None], _NEG_INF)
-    if real is not None:
-        scores = scores.where(
-            is_filled.any(1)[:, None, None, None], 0.0
-        )  # a row that has seen nothing; its output is 0
+    if real is not None:  # a row that has seen nothing has an output of 0
+        scores = scores.where(is_filled.any(1)[:, None, None, None], 0.0)
     if num_sinks < M:
         received = scores.softmax(-1).sum(2)
         state.window_importance.add_(received if real is None else received.where(real[:, None, None], 0.0))
@@ -578,11 +576,10 @@ def compressed_step_(
         state.log_Z.copy_(log_Z)
         slot_scores = slot_query.to(dtype).view(B, H, -1, K) + log_Z[:, :, None]  # float64, as log_Z
         parts.append((slot_scores, state.mean))
-    weights = (
-        torch.cat([scores for scores, _ in parts], -1).softmax(-1).to(dtype).split([x.shape[-1] for x, _ in parts], -1)
-    )
+    weights = torch.cat([scores for scores, _ in parts], -1).softmax(-1).to(dtype)
+    shares = weights.split([scores.shape[-1] for scores, _ in parts], -1)
     # Part by part, since the values in one piece would be a copy of them all.
-    output = sum(weight @ values.to(dtype) for weight, (_, values) in zip(weights, parts, strict=True))  # [B,H,G,V]
+    output = sum(share @ values.to(dtype) for share, (_, values) in zip(shares, parts, strict=True))  # [B,H,G,V]
     output = output.view(B, heads, 1, -1)
     if real is not None:
         output = output.masked_fill(~real[:, None, None, None], 0.0)

@@ -136,9 +136,8 @@ def draw(view: View, rows: list[dict]) -> bytes:
         draw_panel(axis, view, rows, quantity, factor)
         axis.set(xlabel=view.axis, ylabel=f"{what} ({unit})")
     handles, labels = axes[0].get_legend_handles_labels()
-    columns = max(
-        1, min(1 + len(panels), 14 * width // (max(map(len, labels)) + 8))
-    )  # 14 letters to an inch; a line for each
+    fitting = 14 * width // (max(map(len, labels)) + 8)  # 14 letters to an inch; before each label a line
+    columns = max(1, min(1 + len(panels), fitting))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     figure.suptitle(view.title)
     return saved(figure, dpi=130)

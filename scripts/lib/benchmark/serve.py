@@ -52,8 +52,7 @@ def measure(bench: Bench, config: Any, lengths: tuple[int, ...]) -> dict:
             taken: dict[tuple[str, int], list[float]] = {}  # seconds to the first tokens, by contender and length
             alone = {(row["contender"], row["length"]): row for row in rows if row["group"] == all_answers(1)}
             contenders: Contenders = {
-                name: partial(burst, partial(foresee, bench, alone, name), taken, name, make, count)
-                for name, make in asked.items()
+                name: partial(burst, bench, alone, taken, name, make, count) for name, make in asked.items()
             }
             # From one token of context nothing can be told of thousands: steepest=0.
             timed = sweep(bench, all_answers(count), contenders, lengths, int, untracked=contenders, steepest=0.0)
@@ -111,14 +110,15 @@ def foresee(bench: Bench, alone: dict[tuple[str, int], dict], name: str, count: 
 
 
 def burst(
-    foresee: Callable[[int, int], None],
+    bench: Bench,
+    alone: dict[tuple[str, int], dict],
     taken: dict[tuple[str, int], list[float]],
     name: str,
     make: Ask,
     count: int,
     length: int,
 ) -> Call:
-    foresee(count, length)
+    foresee(bench, alone, name, count, length)
     ask = make(count, length)
 
     def call() -> None:
