@@ -69,10 +69,12 @@ def tried(group: str, contender: str, T: int, measure: Callable[[], Row]) -> Row
 
 
 def timed(check: Check, call: Callable[[], Any], least_seconds: float = 0.2, most_runs: int = 50) -> Row:
-    """Seconds of a call, after two that compile and warm up, and the memory that it takes at its peak beyond what is there."""
+    """Seconds of a call, after two that compile and warm up (in the small, of the first), and the memory that it takes at its
+    peak beyond what is there."""
     synchronize = torch.cuda.synchronize if check.device == "cuda" else lambda: None
-    call()
-    synchronize()
+    if not check.small:
+        call()
+        synchronize()
     row: Row = {}
     if check.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -206,7 +208,7 @@ def op(check: Check) -> Iterator[Row]:
         ops.LINEAR: ops.FUNCTIONS[ops.LINEAR],
     }
     lengths = (16,) if check.small else (512, 2048, 8192, 32_768, 1024, 4096, 16_384, 65_536)  # the targets' first
-    for dtype in ("bfloat16", "float32"):
+    for dtype in ("float32",) if check.small else ("bfloat16", "float32"):  # interpreted, each costs the same
         bench = Bench(check.device, dtype)
         for T in lengths:
             for backward in (True,) if check.small else (False, True):
