@@ -89,8 +89,9 @@ class ConstAttnConfig(PreTrainedConfig):
             starts in the middle. At most 0.5, so that a chunk of 64 tokens stays within the growth that the fast path takes.
         num_induction_heads: heads that start as induction heads (arXiv 2209.11895), the last ones of each constant attention
             layer, or a number for each layer: a token looks for the likes of itself, and reads what came after them, and
-            hardly forgets. These are initial weights, which training is free to leave. The convolution must see two tokens. What
-            they gain, and cost, is measured in model_cards/reports/quality.
+            hardly forgets. These are initial weights, which training is free to leave. The convolution must see two tokens. None:
+            one in the last layer, if it is one of several heads of constant attention there, and can be one. What they gain, and
+            cost, is measured in model_cards/reports/quality.
         use_output_norm: RMSNorm over the features of each head's output.
         use_output_gate: SiLU gate on the output.
         rms_norm_eps: epsilon of every norm.
@@ -126,7 +127,7 @@ class ConstAttnConfig(PreTrainedConfig):
     conv_kernel_size: int | None = None
     use_forget_gate: bool = True
     forget_gate_bound: float | int = 0.5
-    num_induction_heads: list[int] | int = 0
+    num_induction_heads: list[int] | int | None = None
     use_output_norm: bool = True
     use_output_gate: bool = True
     rms_norm_eps: float = 1e-6
@@ -192,9 +193,18 @@ class ConstAttnConfig(PreTrainedConfig):
     @property
     def induction_heads(self) -> list[int]:
         """`num_induction_heads` of each layer."""
-        if isinstance(self.num_induction_heads, list):
-            return self.num_induction_heads
-        return [self.num_induction_heads if mixer == "constant_attention" else 0 for mixer in self.mixer_types or ()]
+        heads, mixer_types = self.num_induction_heads, self.mixer_types or []
+        if isinstance(heads, list):
+            return heads
+        if heads is not None:
+            return [heads if mixer == "constant_attention" else 0 for mixer in mixer_types]
+        one = self._can_have_induction_heads and self.num_attention_heads > 1
+        last = len(mixer_types) - 1
+        return [int(one and i == last and mixer == "constant_attention") for i, mixer in enumerate(mixer_types)]
+
+    @property
+    def _can_have_induction_heads(self) -> bool:
+        return self.block_type == "default" and self.is_causal and self.conv_kernel_size != 1
 
     def validate_layer_type(self):
         """Replaces Transformers' check, whose closed list of layer types does not know constant attention."""
@@ -270,9 +280,7 @@ class ConstAttnConfig(PreTrainedConfig):
             raise ValueError(
                 f"conv_kernel_size={self.conv_kernel_size} must be odd with is_causal=False, as many tokens on either side"
             )
-        if any(self.induction_heads) and (
-            self.block_type == "heinsen" or not self.is_causal or self.conv_kernel_size == 1
-        ):
+        if any(self.induction_heads) and not self._can_have_induction_heads:
             raise ValueError(
                 "num_induction_heads needs block_type='default', is_causal=True and a conv_kernel_size of 2 at least: the key of "
                 "a token is made of the token before it"

@@ -52,6 +52,7 @@ _LITTER_SECONDS = 3600  # writing takes seconds: what is unfinished for longer w
 # Fields of the config that say nothing about what a state holds.
 _OTHER_FIELDS = (
     "initializer_range",
+    "num_induction_heads",
     "use_cache",
     "tie_word_embeddings",
     "bos_token_id",
@@ -241,6 +242,7 @@ def _fields(described: str, path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"'{path}' is damaged: its config is no JSON ({error})") from error
     if not isinstance(fields, dict):
         raise ValueError(f"'{path}' is damaged: its config is {fields!r}, no fields by name")
+    fields = {name: value for name, value in fields.items() if name not in _OTHER_FIELDS}  # earlier releases wrote some
     return {name: getattr(ConstAttnConfig, name, None) for name in _CONFIG_FIELDS} | fields
 
 

@@ -66,6 +66,32 @@ def test_one_number_of_induction_heads_is_for_every_constant_layer():
     assert ConstAttnConfig(num_induction_heads=3, **hybrid).induction_heads == [3, 0]
 
 
+def test_one_induction_head_in_the_last_layer_where_there_can_be_one():
+    def heads(**fields) -> list[int]:
+        return ConstAttnConfig(num_hidden_layers=3, **fields).induction_heads
+
+    assert heads() == [0, 0, 1]
+    assert heads(mixer_types=["sliding_attention", "sliding_attention", "constant_attention"], sliding_window=8) == [
+        0,
+        0,
+        1,
+    ]
+    assert (
+        heads(mixer_types=["constant_attention", "constant_attention", "sliding_attention"], sliding_window=8)
+        == [0] * 3
+    )
+    for other in (
+        {"num_attention_heads": 1},
+        {"conv_kernel_size": 1},
+        {"is_causal": False},
+        {"block_type": "heinsen"},
+        {"num_induction_heads": 0},
+    ):
+        assert heads(**other) == [0] * 3
+    # stays unsaid, so that a config can be cut to fewer layers
+    assert ConstAttnConfig().num_induction_heads is None
+
+
 def test_round_trip_through_the_bare_base_class(tmp_path):
     """As `Trainer(resume_from_checkpoint=…)` does, whose check of layer types does not know constant attention."""
     config = ConstAttnConfig(

@@ -63,6 +63,7 @@ class VariantConfig(ConstAttnConfig):
 
     model_type = "constattn_variant"
 
+    num_induction_heads: list[int] | int | None = 0
     mixer: str = "constant"
     values: str = "signed"
     forget: str = "slot"
@@ -327,14 +328,15 @@ OWN_FIELDS = {field.name for field in dataclasses.fields(VariantConfig)} - {
 
 
 def config_of(fields: dict[str, Any]) -> Any:
-    """A `VariantConfig`, or a `ConstAttnConfig` where no field needs more.
+    """A `VariantConfig`, or a `ConstAttnConfig` where no field needs more; without induction heads where no field names them.
 
     Raises:
         ValueError: a field is unknown.
     """
     if unknown := sorted(fields.keys() - {field.name for field in dataclasses.fields(VariantConfig)}):
         raise ValueError(f"'{unknown[0]}' is a field neither of ConstAttnConfig nor of a variant")
-    return (VariantConfig if fields.keys() & OWN_FIELDS else ConstAttnConfig)(**fields)
+    kind = VariantConfig if fields.keys() & OWN_FIELDS else ConstAttnConfig
+    return kind(**{"num_induction_heads": VariantConfig.num_induction_heads} | fields)
 
 
 def build(fields: dict[str, Any], parameters: int | None = None) -> Any:

@@ -22,7 +22,8 @@ def study_page(studies: Sequence[tuple[Path, list[Cell]]], results: list[dict]) 
         "# Quality at constant cost",
         "Written by `scripts/study.py`, whose first lines say what is compared and how. Figures of several seeds are mean ± "
         "standard deviation. The learning rate is the one of the grid that is best on the validation split, by the seeds that "
-        f"all rates have. A seed has learned a task of recall if {LEARNED:.0%} of its answers are right at the training length.",
+        f"all rates have. A seed has learned a task of recall if {LEARNED:.0%} of its answers are right at the training length. "
+        "Mixers have no induction heads but where they are named so; the default of `ConstAttnConfig` has one, in the last layer.",
     ]
     for file, cells in studies:
         blocks += [f"## {file.stem}", header(file)]
