@@ -50,7 +50,7 @@ from .state_files_constattn import load_cache, save_cache  # noqa: F401  the fil
 _SLOT_BIAS = (
     -4.0
 )  # a departed token begins with e^-4 of the weight of an exact one of score 0; what is right is learned
-_SLOT_HALF_LIFE = 1024  # departing tokens; with slots that lose nothing, a stream drowns what is exact
+_SLOT_HALF_LIFE = 1024  # departing tokens, to begin with; with slots that lose nothing, a stream drowns what is exact
 _INDUCTION_SCALE = 3.0  # standard deviation of queries and keys; a seed learns with 3 that does not with 2 or 4
 _INDUCTION_HALF_LIFE = 100_000  # tokens; with 1,000, what was to be found 16,384 tokens back was often lost
 
@@ -269,11 +269,12 @@ class SlotKeyMap(SlotMap):
 
     def __init__(self, heads: int, slots: int, features: int):
         super().__init__(heads, slots, features)
-        self.decay = nn.Parameter(torch.empty(heads, slots))  # nothing is lost where ≤ 0
+        # added to the logarithm of the rate, so that no step of training ends the forgetting
+        self.decay_bias = nn.Parameter(torch.empty(heads, slots))
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """weight [H,K,D], bias [H,K] and log_decay [H,K] of `compressed_attention`, which applies them."""
-        return self.weight, self.bias, -self.decay.clamp(min=0.0)
+        return self.weight, self.bias, -math.log(2) / _SLOT_HALF_LIFE * self.decay_bias.exp()
 
 
 class _ParallelHeads(ReplicatedWithGradAllReduce):
@@ -495,7 +496,7 @@ class ConstAttnPreTrainedModel(PreTrainedModel):
                 module.bias, 0.0 if isinstance(module, SlotKeyMap) else _SLOT_BIAS - math.log(len(module.bias[0]))
             )
             if isinstance(module, SlotKeyMap):
-                init.constant_(module.decay, math.log(2) / _SLOT_HALF_LIFE)
+                init.zeros_(module.decay_bias)
 
     def initialize_weights(self):
         """As in Transformers, whose walk sees one module at a time; induction heads copy from one to another, after it."""

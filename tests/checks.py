@@ -8,7 +8,9 @@ import torch
 def stirred(model: Any) -> Any:
     """Away from the small initial weights, where every path looks alike."""
     for name, parameter in model.named_parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.1 + 5.0 * name.endswith("slot_q.bias"))
+        # slots that weigh, and forget half within seven tokens
+        moved = 5.0 * name.endswith(("slot_q.bias", "slot_k.decay_bias"))
+        parameter.data.add_(torch.randn_like(parameter) * 0.1 + moved)
     return model
 
 

@@ -50,8 +50,8 @@ def make_model(kind: str, layers: int = 2, **other: int) -> ConstAttnForCausalLM
     torch.manual_seed(0)
     model = ConstAttnForCausalLM(make_config(kind, layers, **other))
     for name, parameter in model.named_parameters():
-        if name.endswith("slot_k.decay"):  # from zero on, slots lose nothing
-            torch.nn.init.uniform_(parameter, 0.1, 1.0)
+        if name.endswith("slot_k.decay_bias"):  # half-lives of 1 to 7 departing tokens
+            torch.nn.init.uniform_(parameter, 5.0, 7.0)
         elif "proj" in name and parameter.dim() == 2:  # so that attention says who stays
             parameter.data.mul_(20.0)
     return model

@@ -733,6 +733,21 @@ def test_a_new_forget_gate_starts_in_the_middle_of_its_range():
     assert decay.min() > -0.5 and decay.max() < 0
 
 
+def test_slots_of_departed_tokens_begin_to_forget_and_training_does_not_end_it():
+    slot_k = make_model("compressed").model.layers[0].self_attn.slot_k
+    torch.nn.init.zeros_(slot_k.decay_bias)
+    optimizer = torch.optim.AdamW([slot_k.decay_bias], lr=3e-3, weight_decay=0.1)
+    half_lives = []
+    for _ in range(50):  # of a loss that wants to forget less and less
+        _, _, log_decay = slot_k()
+        half_lives.append(-math.log(2) / log_decay.detach())
+        optimizer.zero_grad()
+        (-log_decay).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(half_lives[0], torch.full_like(log_decay, 1024))
+    assert half_lives[-1].min() > 1100 and half_lives[-1].max() < 1300
+
+
 def make_induction(**fields) -> ConstAttnForCausalLM:
     small = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     return ConstAttnForCausalLM(ConstAttnConfig(**small | {"num_induction_heads": [0, 1]} | fields)).eval()
