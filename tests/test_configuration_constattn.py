@@ -70,17 +70,10 @@ def test_one_induction_head_in_the_last_layer_where_there_can_be_one():
     def heads(**fields) -> list[int]:
         return ConstAttnConfig(num_hidden_layers=3, **fields).induction_heads
 
-    assert heads() == [0, 0, 1]
-    assert heads(mixer_types=["sliding_attention", "sliding_attention", "constant_attention"], sliding_window=8) == [
-        0,
-        0,
-        1,
-    ]
-    assert (
-        heads(mixer_types=["constant_attention", "constant_attention", "sliding_attention"], sliding_window=8)
-        == [0] * 3
-    )
+    constant, sliding = "constant_attention", "sliding_attention"
+    assert heads() == heads(mixer_types=[sliding, sliding, constant], sliding_window=8) == [0, 0, 1]
     for other in (
+        {"mixer_types": [constant, constant, sliding], "sliding_window": 8},
         {"num_attention_heads": 1},
         {"conv_kernel_size": 1},
         {"is_causal": False},

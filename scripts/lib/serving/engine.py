@@ -125,6 +125,7 @@ class Engine:
             self.leave(job)
 
     async def run(self) -> None:
+        """Takes steps in a thread of its own for as long as there are jobs, until it is cancelled."""
         with ThreadPoolExecutor(1, "model") as thread:
             while True:
                 await self.wake.wait()
