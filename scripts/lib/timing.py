@@ -105,11 +105,12 @@ def too_costly(
         return None
 
     def predicted(quantity: str) -> float:
-        last, growth = max(past[-1][quantity] or 0, 1e-9), steepest
+        last, T, growth, slope = max(past[-1][quantity] or 0, 1e-9), past[-1]["length"], steepest, 0.0
         if len(past) > 1:
-            before = max(past[-2][quantity] or 0, 1e-9)
-            growth = math.log(last / before) / math.log(past[-1]["length"] / past[-2]["length"])
-        return last * (length / past[-1]["length"]) ** min(max(growth, 0.0), 3.0)
+            before, T_before = max(past[-2][quantity] or 0, 1e-9), past[-2]["length"]
+            growth = math.log(last / before) / math.log(T / T_before)
+            slope = (last - before) / (T - T_before)  # what is constant besides hides a growth
+        return max(last * (length / T) ** min(max(growth, 0.0), 3.0), last + slope * (length - T))
 
     return too_slow(bench, predicted("median"), calls) or no_room(predicted("peak_bytes"), bench.device)
 

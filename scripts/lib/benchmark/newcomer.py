@@ -33,7 +33,9 @@ def measure(bench: Bench, config: Any, lengths: tuple[int, ...]) -> dict:
         del built
         ours = partial(servers.ours, Path(folder, models.MODEL), bench.device, Path(folder, "sessions"))
         llama = partial(servers.transformers, Path(folder, models.LLAMA), bench.device, room)
-        rows = [*rows_of(bench, models.MODEL, ours, lengths), *rows_of(bench, serve.LLAMA_BATCHING, llama, lengths)]
+        rows = rows_of(bench, models.MODEL, ours, lengths, 1.0) + rows_of(
+            bench, serve.LLAMA_BATCHING, llama, lengths, 2.0
+        )
     for row in rows:
         if "left_out" not in row:
             peers = [it for it in rows if it.get("runs") and all(it[name] == row[name] for name in ("group", "length"))]
@@ -42,14 +44,19 @@ def measure(bench: Bench, config: Any, lengths: tuple[int, ...]) -> dict:
 
 
 def rows_of(
-    bench: Bench, name: str, server: Callable[[], AbstractContextManager[Served]], lengths: tuple[int, ...]
+    bench: Bench,
+    name: str,
+    server: Callable[[], AbstractContextManager[Served]],
+    lengths: tuple[int, ...],
+    steepest: float,
 ) -> list[dict]:
+    """steepest: as in `sweep`; of constant cost per token, 1."""
     rows: list[dict] = []
     try:
         with server() as served:
             for length in tqdm(lengths, desc=name, unit="length"):
                 past = [row for row in rows if row["group"] == FIRST]
-                if reason := too_costly(bench, past, length, 2.0, calls=1):
+                if reason := too_costly(bench, past, length, steepest, calls=1):
                     raise Unavailable(reason)
                 asyncio.run(meet(served, 1))  # warms up
                 before, during, first = asyncio.run(meet(served, length))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lib.benchmark.results import Measurement, View
 from lib.linear_attention import linear_attention
-from lib.timing import Bench, Call, Contenders, sweep
+from lib.timing import Bench, Call, Contenders, Unavailable, no_room, sweep
 from modeling_constattn.attention_constattn import constant_attention, scan_attention
 from modeling_constattn.compressed_constattn import compressed_attention
 
@@ -98,6 +98,7 @@ def random_inputs(bench: Bench, backward: bool, length: int) -> Inputs:
 def contenders(device: str, backward: bool) -> Contenders:
     functions = FUNCTIONS | (TRITON_FUNCTIONS if device == "cuda" else {})
     calls: Contenders = {name: partial(call_of, function, backward) for name, function in functions.items()}
+    calls[SCAN] = partial(scan_call, backward)
     calls[COMPILED] = partial(compiled_call, FUNCTIONS[OURS], backward)
     if device == "cpu":
         calls[PRODUCTS] = lambda inputs: partial(products_alone, inputs, backward)
@@ -116,6 +117,14 @@ def call_of(function: OpFunction, backward: bool, inputs: Inputs) -> Call:
         return torch.autograd.grad(output, inputs[:-1], inputs.output_grad.to(output.dtype), allow_unused=True)
 
     return forward_backward if backward else forward
+
+
+def scan_call(backward: bool, inputs: Inputs) -> Call:
+    """Where its tensors [B,H,T,K,V] in float32 have room: a process that takes more is killed."""
+    tensors = 11 if backward else 4  # that it holds at once
+    if reason := no_room(4.0 * tensors * inputs.key.numel() * inputs.value.shape[-1], inputs.key.device.type):
+        raise Unavailable(reason)
+    return call_of(FUNCTIONS[SCAN], backward, inputs)
 
 
 def compiled_call(function: OpFunction, backward: bool, inputs: Inputs) -> Call:

@@ -47,6 +47,8 @@ def test_costly_contenders_are_foreseen(monkeypatch: pytest.MonkeyPatch):
     assert foreseen(2048, (256, 1.0, 0), calls=1) is None  # 64 s
     assert foreseen(4096, (256, 1.0, 0), calls=1) == "1 call would take 256 s, the budget is 100 s"
     assert foreseen(2048, (128, 0.5, 0), (256, 1.0, 0)) is None  # it grows as T
+    after_one_token = foreseen(32_768, (1, 1.0, 0), (4096, 5.0, 0))  # 1 s before the first
+    assert after_one_token == "5 calls would take 165 s, the budget is 100 s"
     assert foreseen(512, (128, 1.0, 0), (256, 8.0, 0)) == "5 calls would take 320 s, the budget is 100 s"
     assert foreseen(512, (128, 0, 3_000_000), (256, 0, 6_000_000)) == "it would take 0.0 GB, 0.0 GB are free"
     assert foreseen(512, (128, 0, 2_000_000), (256, 0, 4_000_000)) is None

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from lib import timing
 from lib.benchmark import op
-from lib.timing import Bench
+from lib.timing import Bench, Unavailable, first_calls
 
 from modeling_constattn import quadratic_attention
 
@@ -35,3 +36,17 @@ def test_an_op_call_gives_the_gradients_of_what_is_used():
     assert used.pop(op.FORGETTING) == [True, True, True, True, False]
     assert used.pop(op.COMPRESSED) == [True, True, True, False, False]  # 8 tokens: none has departed into the slots
     assert all(flags == [True, True, True, False, False] for flags in used.values())
+
+
+def test_the_scan_takes_what_it_asks_for(monkeypatch: pytest.MonkeyPatch):
+    inputs = op.random_inputs(BENCH, True, 96)
+    for backward in (False, True):
+        scan = op.contenders("cpu", backward)[op.SCAN]
+        peak = first_calls(BENCH, scan(inputs)).peak_bytes
+        assert peak
+        monkeypatch.setattr(timing, "free_memory", lambda device, peak=peak: 1.2 * peak)
+        assert scan(inputs)
+        monkeypatch.setattr(timing, "free_memory", lambda device, peak=peak: peak)
+        with pytest.raises(Unavailable, match="it would take"):
+            scan(inputs)
+        monkeypatch.undo()
