@@ -178,11 +178,11 @@ def _rank(importance: Tensor, position: Tensor, num_sinks: int) -> Tensor:
     """One int64 to compare tokens by: importance in bfloat16, then position. −1 where the position is: no token."""
     importance = importance.masked_fill(position < num_sinks, float("inf"))
     bits = importance.bfloat16().view(torch.int16).long()  # in the order of the numbers, which are ≥ 0
-    return torch.where(position < 0, -1, (bits << _POSITION_BITS) | position)
+    return ((bits << _POSITION_BITS) | position).masked_fill(position < 0, -1)
 
 
 def _position(rank: Tensor) -> Tensor:
-    return torch.where(rank < 0, -1, rank & ((1 << _POSITION_BITS) - 1))
+    return (rank & ((1 << _POSITION_BITS) - 1)).masked_fill(rank < 0, -1)
 
 
 # ----------------------------------------------------------------------------------------------------------------- the definition
@@ -495,21 +495,20 @@ def compressed_step_(
     scaling = D**-0.5 if scaling is None else scaling
     frequencies = _or_none(frequencies, key.device)
     dtype = _compute_dtype(value.dtype)
-    rows, count = torch.arange(B, device=key.device), state.seen.clone()
+    rows, count = torch.arange(B, device=key.device), state.seen
     real = None if key_mask is None else key_mask[:, 0]
     place = count % W  # [B]
 
-    # The token that leaves the window, where it is full: it competes, or departs at once.
-    leaving_position = count - W if real is None else torch.where(real, count - W, -1)  # below 0: nobody leaves
-    at = torch.stack([count, count - W], 1)[:, None]  # [B,1,2]
-    leaving_key, leaving_value = state.window_key[rows, :, place], state.window_value[rows, :, place]  # [B,H,·]
-    cos, sin = _cos_sin(at, frequencies, key.dtype)  # [B,1,2,F]
-    new_key = _turn(key, cos[:, :, :1], sin[:, :, :1])[:, :, 0]
-    plain_key = _turn(leaving_key, cos[:, :, 1], -sin[:, :, 1])
-    if M:
+    past = count - W
+    far = [] if max_distance is None else [torch.full_like(count, max_distance)]
+    cos, sin = _cos_sin(torch.stack([count, past, *far], 1)[:, None], frequencies, key.dtype)  # [B,1,2 or 3,F]
+    if M or K:  # the token that leaves the window, where it is full
+        leaving_position = past if real is None else past.masked_fill(~real, -1)  # below 0: nobody leaves
+        leaving_key, leaving_value = state.window_key[rows, :, place], state.window_value[rows, :, place]  # [B,H,·]
+        departing_key, departing_value = _turn(leaving_key, cos[:, :, 1], -sin[:, :, 1]), leaving_value
+    if M:  # it competes, and in its stead, or with it, the least important one departs
         rank = _rank(state.window_importance[rows, :, place], leaving_position[:, None].expand(B, H), num_sinks)
-        ranks = torch.cat([state.kept_rank, rank[..., None]], 2)  # [B,H,M+1]
-        least, who = ranks.min(-1, keepdim=True)
+        least, who = torch.cat([state.kept_rank, rank[..., None]], 2).min(-1, keepdim=True)  # of M+1
         stays = who < M  # the leaving token takes the place of the least; with −1, nobody departs
         leaves = rank >= 0
         swap = stays & leaves[..., None]
@@ -518,37 +517,36 @@ def compressed_step_(
         seated = []
         for kept, new in (
             (state.kept_key, leaving_key),
-            (state.kept_plain_key, plain_key),
+            (state.kept_plain_key, departing_key),
             (state.kept_value, leaving_value),
         ):
             index = seat[..., None].expand(B, H, 1, kept.shape[-1])
             seated.append(kept.gather(2, index)[:, :, 0])
             kept.scatter_(2, index, new.where(swap, seated[-1]).to(kept.dtype)[:, :, None])
-        departing_key, departing_value = seated[1].where(stays, plain_key), seated[2].where(stays, leaving_value)
+        departing_key, departing_value = seated[1].where(stays, departing_key), seated[2].where(stays, leaving_value)
         state.kept_rank.scatter_(2, seat, rank[..., None].where(swap, state.kept_rank.gather(2, seat)))
-    else:
-        departing_key, departing_value = plain_key, leaving_value
+    elif K:
         departs = (leaving_position >= 0)[:, None].expand(B, H)
 
     # The new token takes its place in the window.
-    new_value = value[:, :, 0]
+    turned = _turn(torch.cat([query, key], 1), cos[:, :, :1], sin[:, :, :1])[:, :, 0]
+    new_query, new_key = turned.split([heads, H], 1)
     for window, new in (
         (state.window_key, new_key),
-        (state.window_value, new_value),
+        (state.window_value, value[:, :, 0]),
         (state.window_importance, torch.zeros_like(state.window_importance[:, :, 0])),
     ):
         if real is not None:
             new = new.where(real.view(B, *[1] * (new.dim() - 1)), window[rows, :, place].to(new.dtype))
         window[rows, :, place] = new.to(window.dtype)
-    state.seen.add_(1 if real is None else real)
 
-    # The window: its places hold the last min(count, W) tokens.
-    q = _turn(query, cos[:, :, :1], sin[:, :, :1]).to(dtype).view(B, H, -1, D) * scaling  # [B,H,G,D]
+    # The window: its places hold the last tokens, of the first text up to the new one's.
+    q = new_query.to(dtype).reshape(B, H, -1, D) * scaling  # [B,H,G,D]
     scores = q @ state.window_key.to(dtype).transpose(2, 3)  # [B,H,G,W]
-    is_filled = torch.arange(W, device=key.device) < state.seen[:, None]
-    scores = scores.masked_fill(~is_filled[:, None, None], _NEG_INF)
+    last = (count if real is None else count + real.long() - 1)[:, None]
+    scores = scores.masked_fill((torch.arange(W, device=key.device) > last)[:, None, None], _NEG_INF)
     if real is not None:  # a row that has seen nothing has an output of 0
-        scores = scores.where(is_filled.any(1)[:, None, None, None], 0.0)
+        scores = scores.masked_fill((last < 0)[..., None, None], 0.0)
     if num_sinks < M:
         received = scores.softmax(-1).sum(2)
         state.window_importance.add_(received if real is None else received.where(real[:, None, None], 0.0))
@@ -556,20 +554,20 @@ def compressed_step_(
     if M:
         kept_scores = q @ state.kept_key.to(dtype).transpose(2, 3)
         if max_distance is not None:
-            far_query = rotate(query, torch.full_like(count, max_distance)[:, None, None], frequencies)
-            far_query = far_query.to(dtype).view(B, H, -1, D) * scaling
+            far_query = _turn(query, cos[:, :, 2:], sin[:, :, 2:]).to(dtype).view(B, H, -1, D) * scaling
             far_scores = far_query @ state.kept_plain_key.to(dtype).transpose(2, 3)
-            is_far = count[:, None, None] - _position(state.kept_rank) > max_distance
+            is_far = _position(state.kept_rank) < (count - max_distance)[:, None, None]
             kept_scores = far_scores.where(is_far[:, :, None], kept_scores)
         kept_scores = kept_scores.masked_fill((state.kept_rank < 0)[:, :, None], _NEG_INF)
         parts.append((kept_scores, state.kept_value))
     if K:
         assert slot_query is not None and slot_weight is not None and slot_bias is not None
         slot_key = torch.einsum("bhd,hkd->bhk", departing_key.to(dtype), slot_weight.to(dtype)) + slot_bias.to(dtype)
-        slot_key = slot_key.masked_fill(~departs[..., None], _NEG_INF).to(state.log_Z.dtype)
+        nobody = ~departs[..., None]
+        slot_key = slot_key.masked_fill(nobody, _NEG_INF).to(state.log_Z.dtype)
         log_Z = state.log_Z
         if log_decay is not None:
-            log_Z = log_Z + log_decay.to(log_Z.dtype).masked_fill(~departs[..., None], 0.0)
+            log_Z = log_Z + log_decay.to(log_Z.dtype).masked_fill(nobody, 0.0)
         log_Z = torch.logaddexp(log_Z, slot_key)
         weight = (slot_key - _finite(log_Z)).exp().to(state.mean.dtype)[..., None]
         state.mean.copy_(torch.lerp(state.mean, departing_value[:, :, None].to(state.mean.dtype), weight))
@@ -583,6 +581,7 @@ def compressed_step_(
     output = output.view(B, heads, 1, -1)
     if real is not None:
         output = output.masked_fill(~real[:, None, None, None], 0.0)
+    state.seen.add_(1 if real is None else real)
     return output.to(value.dtype)
 
 
