@@ -150,18 +150,19 @@ def probe(options: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenize
         tables["cost"] = probes.cost(named, options.cost)
     print(markdown(probes.tables(tables)))
     about = {"checkpoint": options.checkpoint, "data": source_names(options.data)}
-    if options.teacher:  # what is measured without one stays beside the tables of one
+    if options.teacher:
         about["teacher"] = options.teacher
     return write(earlier_tables(options.output, about) | tables, options.output)
 
 
 def earlier_tables(output: Path | None, about: dict) -> dict:
-    """What the file has of the same models and texts; `about` alone where there is none."""
+    """`about`, and what the file has of the same models and texts; tables of a teacher and those without one go together."""
     try:
         earlier = json.loads(output.read_text(encoding="utf-8")) if output else {}
     except (OSError, ValueError):
         earlier = {}
-    return earlier if about.items() <= earlier.items() else about
+    fits = about.items() <= ({"teacher": about.get("teacher")} | earlier).items()
+    return earlier | about if fits else about
 
 
 def text_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int]]:
