@@ -109,6 +109,10 @@ def test_a_conversation_and_its_figures(page: Page, http: httpx2.Client):
     points = page.points()
     tokens = [point[0] for point in points]
     assert len(points) > 20 and tokens == sorted(tokens)
+    behind = {"total_tokens": tokens[-1] - 1, "state_bytes": points[-1][1], "completion_tokens": 0}
+    # as a slow server tells before it reads on
+    page.browser.execute_script("conversations[0].note(arguments[0])", behind)
+    assert page.points() == points
     assert {point[1] for point in points} == {told["usage"]["state_bytes"]}  # flat
     about = http.get("/v1/models").json()["data"][0]
     assert about["llama_cache_bytes_per_token"] == 2 * 2 * 32 * 4  # key and value, layers, features, bytes
