@@ -500,7 +500,7 @@ def compressed_step_(
     place = count % W  # [B]
 
     past = count - W
-    far = [] if max_distance is None else [torch.full_like(count, max_distance)]
+    far = [torch.full_like(count, max_distance)] if M and max_distance is not None else []  # of kept tokens alone
     cos, sin = _cos_sin(torch.stack([count, past, *far], 1)[:, None], frequencies, key.dtype)  # [B,1,2 or 3,F]
     if M or K:  # the token that leaves the window, where it is full
         leaving_position = past if real is None else past.masked_fill(~real, -1)  # below 0: nobody leaves
@@ -543,7 +543,7 @@ def compressed_step_(
     # The window: its places hold the last tokens, of the first text up to the new one's.
     q = new_query.to(dtype).reshape(B, H, -1, D) * scaling  # [B,H,G,D]
     scores = q @ state.window_key.to(dtype).transpose(2, 3)  # [B,H,G,W]
-    last = (count if real is None else count + real.long() - 1)[:, None]
+    last = (count if real is None else count + real - 1)[:, None]
     scores = scores.masked_fill((torch.arange(W, device=key.device) > last)[:, None, None], _NEG_INF)
     if real is not None:  # a row that has seen nothing has an output of 0
         scores = scores.masked_fill((last < 0)[..., None, None], 0.0)
