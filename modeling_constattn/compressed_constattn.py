@@ -787,14 +787,14 @@ class _Selection:
         the chunk's candidates [N,n], best first; None: beyond the window nothing is seen."""
         x, M, N = self.x, self.x.M, len(self.departed)
         P, W, base = x.P, x.W, x.base
-        real = x.position[:, P:] >= 0  # [N,T]
         # What leaves the window while the chunk is read, tokens l … h−1 of [P+T], and what was kept until now.
         low, high = max(x.first, P + a - W), max(x.first, P + b - W)
         if x.ahead or (high == low and not M):
             return None
         left_at = slice(low - P + W, high - P + W)
-        leaving = torch.arange(base + low, base + high, device=real.device).expand(N, -1)
-        stays = real[:, left_at] & (x.position[:, low:high] >= 0)  # not padding …
+        leaving = torch.arange(base + low, base + high, device=x.position.device).expand(N, -1)
+        # no padding comes or leaves …
+        stays = (x.position[:, low + W : high + W] >= 0) & (x.position[:, low:high] >= 0)
         if x.start is not None:  # … nor of an earlier document
             stays = stays & (leaving >= x.start[:, left_at])
         if not M:  # what leaves the window departs
