@@ -3,11 +3,11 @@
     python scripts/compare_conversions.py SOURCE --data runs/conversion_texts/heldout.jsonl --slots aligned/slots.safetensors
 
 The source, with its full attention; a window with four sinks, which needs no training and is the baseline to beat; windows with
-kept tokens, from few to many; the same with the slots of a training (`train.py configuration/conversion/align.yaml`), and slots
-without kept tokens. `--model NAME=FOLDER` adds a checkpoint, of `distil` for example, and what is left of it without its slots,
-without kept tokens, and with slots alone. Each reads the beginnings of the same texts; the loss in nats per token stands by
-position, beside how much it is above the source's. Writes results.json and README.md into
-`--output`.
+kept tokens, from few to many, and kept by other rules than received attention; the same with the slots of a training (`train.py
+configuration/conversion/align.yaml`), and slots without kept tokens. `--model NAME=FOLDER` adds a checkpoint, of `distil` for
+example, and what is left of it without its slots, without kept tokens, and with slots alone. Each reads the beginnings of the
+same texts; the loss in nats per token stands by position, beside how much it is above the source's. Writes results.json and
+README.md into `--output`.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from convert import build, config_fields, load_slots, put_in
 from lib import probes
 from lib.checkpoints import load_model
 from lib.documents import load_documents
+from lib.kept_by import Rule, at_random, keep_by, self_recall_error, unlike_the_mean_key
 from lib.page import Block, Table, markdown, to_json, write_page
 from lib.probes import TEACHER
 from lib.sources import load_source
@@ -36,6 +37,9 @@ SETTINGS: dict[str, dict[str, int]] = {  # the first of the exact tokens, then t
     "window 256 + 768 kept": {"sliding_window": 256, "num_kept_tokens": 768},
 }
 WITH_SLOTS = (BASELINE, "window 256 + 64 kept", "window 256 + 128 kept", "window 256 + 512 kept")
+RULES: dict[str, Rule] = {"at random": at_random, "by keys unlike the mean": unlike_the_mean_key}
+RULES_OF_SLOTS: dict[str, Rule] = {"at random": at_random, "by self-recall error": self_recall_error}
+KEPT_BY = "window 256 + 128 kept"  # what the rules are tried with
 SLOTS_ALONE = {"sliding_window": 1, "num_kept_tokens": 4}
 PARTS = {  # of a trained model: what else it is read with
     "without its slots": {"num_slots": 0},
@@ -65,17 +69,23 @@ def main(arguments: list[str] | None = None) -> dict:
     source.model.to(torch.float32).eval()
     models: dict[str, Any] = {TEACHER: source.model}
 
-    def convert(name: str, settings: dict[str, int], slots: Path | None = None) -> None:
+    def convert(name: str, settings: dict[str, int], slots: Path | None = None, rule: Rule | None = None) -> None:
         settings = dict(settings)
         weights = load_slots(slots, settings) if slots else {}
         models[name] = build(config_fields(source.model, settings), source.model)
         put_in(weights, models[name])
+        if rule is not None:
+            keep_by(rule, models[name])
 
     for name, settings in SETTINGS.items():
         convert(name, settings)
+    for how, rule in RULES.items():
+        convert(f"{KEPT_BY} {how}", SETTINGS[KEPT_BY], rule=rule)
     if options.slots:
         for name in WITH_SLOTS:
             convert(f"{name} + slots", SETTINGS[name], options.slots)
+        for how, rule in RULES_OF_SLOTS.items():
+            convert(f"{KEPT_BY} {how} + slots", SETTINGS[KEPT_BY], options.slots, rule)
         convert("4 sinks + slots", SLOTS_ALONE, options.slots)
     model_tokens = {}
     for named in options.model:
@@ -149,6 +159,7 @@ def page(result: dict) -> list[Block]:
         "Written by `scripts/compare_conversions.py`, whose first lines say what is compared and how.",
         f"{result['source']}, over the first {result['tokens']:,} tokens of {result['texts']} texts of "
         f"{', '.join(result['data'])}. Nats per token; the cache after {result['tokens']:,} tokens, in float32. {slots}"
+        "Tokens are kept by the attention that they received, unless a row says how. "
         "“Same next token”: how often, in the last of these spans, the most probable next token is that of full attention.",
         Table("", header, cells, figures=True),
     ]

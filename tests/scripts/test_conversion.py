@@ -5,7 +5,8 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import compare_conversions
 import convert
@@ -16,10 +17,12 @@ import yaml
 from card import make_card
 from conftest import ROOT
 from lib import conversion, probes
+from lib.kept_by import keep_by, self_recall_error, unlike_the_mean_key
+from lib.sources import load_source
 from lib.training import read_run
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, Qwen3Config, TrainingArguments
 
 from modeling_constattn.compressed_constattn import compressed_attention
 
@@ -265,6 +268,7 @@ def test_one_source_converted_in_many_ways(
     }
     monkeypatch.setattr(compare_conversions, "SETTINGS", settings)
     monkeypatch.setattr(compare_conversions, "WITH_SLOTS", ("window 8 + 4 kept",))
+    monkeypatch.setattr(compare_conversions, "KEPT_BY", "window 8 + 4 kept")
     monkeypatch.setattr(compare_conversions, "SLOTS_ALONE", settings["window 8 + 1 sink"] | {"sliding_window": 1})
     parts = {"its slots zeroed": {"num_slots": 0}, "all of it": {"sliding_window": 64}}
     monkeypatch.setattr(compare_conversions, "PARTS", parts)
@@ -277,9 +281,52 @@ def test_one_source_converted_in_many_ways(
     assert losses["as it was trained, its slots zeroed"] == pytest.approx(losses["window 8 + 4 kept"], rel=1e-6)
     assert losses["as it was trained, all of it"] == pytest.approx(losses["teacher"], rel=1e-5)
     assert losses["window 8 + 1 sink"] != losses["window 8 + 4 kept"] != losses["window 8 + 4 kept + slots"]
+    others = ["at random", "by keys unlike the mean", "at random + slots", "by self-recall error + slots"]
+    by_rule = [tuple(losses[f"window 8 + 4 kept {rule}"]) for rule in others]
+    assert len({tuple(losses["window 8 + 4 kept"]), tuple(losses["window 8 + 4 kept + slots"]), *by_rule}) == 6
     page = (tmp_path / "report/README.md").read_text()
     assert "full attention, the source" in page
     assert json.loads((tmp_path / "report/results.json").read_text()) == result
+
+
+def test_who_is_kept_by_another_rule(source: Path, texts: list[str]):
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    ids = torch.tensor([next(ids for ids in (tokenizer(text)["input_ids"] for text in texts) if len(ids) > 200)[:200]])
+    full = load_source(str(source)).model
+
+    def read(num_sinks: int, rule: Callable | None = None, pieces: tuple[int, ...] = (200,)) -> torch.Tensor:
+        settings = {"sliding_window": 16, "num_kept_tokens": 12, "num_sinks": num_sinks}
+        model = convert.build(convert.config_fields(full, settings), full)
+        if rule is not None:
+            keep_by(rule, model)
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            return torch.cat([model(part, past_key_values=cache).logits for part in ids.split(pieces, 1)], 1)
+
+    def the_first(tokens: Any, layer: Any) -> torch.Tensor:
+        return (250 - tokens.position).float()  # which bfloat16 tells apart
+
+    wanted = read(12)
+    torch.testing.assert_close(read(1, the_first), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(read(1, the_first, (100, 100)), wanted, rtol=0, atol=1e-5)
+    assert (read(1) - wanted).abs().max() > 1e-2
+
+
+def test_what_is_kept_is_unlike_the_rest_or_recalled_badly():
+    """Of 32 keys one points another way; of 32 values of one key one is another."""
+    tokens = SimpleNamespace(k=torch.ones(2, 32, 4), v=torch.ones(2, 32, 3), base=0, W=8, position=torch.arange(32))
+    tokens.k[1, 20, :2] = -1
+    tokens.v[1, 25] = -2
+    layer = SimpleNamespace(slot_k=lambda: (torch.ones(2, 5, 4), torch.zeros(2, 5), torch.zeros(2, 5)))
+    unlike = unlike_the_mean_key(tokens, layer)
+    assert unlike[0].abs().max() < 1e-6 and unlike[1].argmax() == 20
+    mean = (tokens.k[1].cumsum(0)[27] / 28).double()  # 7 tokens later it leaves the window
+    cosine = (mean[2:].sum() - mean[:2].sum()) / (2 * mean.norm())
+    assert unlike[1, 20].item() == pytest.approx(1 - cosine.item(), rel=1e-6)
+    tokens.k[1, 20] = 1
+    error = self_recall_error(tokens, layer)
+    assert error[0].abs().max() < 1e-5 and error[1].argmax() == 25
+    assert error[1, 25].item() == pytest.approx(3 * (1 - 1 / 26) * 3**0.5, rel=1e-5)  # the mean of 25 ones and a −2
 
 
 @pytest.fixture
