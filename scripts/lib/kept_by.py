@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modeling_constattn import compressed_constattn, constant_attention
-from modeling_constattn.modeling_constattn import CompressedAttention
+from modeling_constattn.modeling_constattn import CompressedAttention, SlotMap
 
 Rule = Callable[[compressed_constattn._Exact, CompressedAttention], Tensor]
 
@@ -35,10 +35,10 @@ def unlike_the_mean_key(tokens: compressed_constattn._Exact, layer: CompressedAt
 def self_recall_error(tokens: compressed_constattn._Exact, layer: CompressedAttention) -> Tensor:
     """LoLA (arXiv 2505.23666): ‖v − v̂‖, v̂ what slots that hold all tokens until then, this one too, give back for its own slot
     key."""
-    weight, bias, log_decay = layer.slot_k()  # of a model with slots
-    heads = len(weight)
-    keys, values = (x[:, tokens.base :].unflatten(0, (-1, heads)) for x in (tokens.k, tokens.v))  # [B,H,T,·]
-    slot_key = torch.einsum("bhtd,hkd->bhtk", keys, weight) + bias[:, None]
+    assert layer.slot_k is not None
+    *_, log_decay = layer.slot_k()
+    keys, values = (x[:, tokens.base :].unflatten(0, (-1, len(log_decay))) for x in (tokens.k, tokens.v))  # [B,H,T,·]
+    slot_key = SlotMap.forward(layer.slot_k, keys)
     decay = log_decay[:, None].expand_as(slot_key)
     given_back, _ = constant_attention(slot_key, slot_key, values, log_decay=decay)
     return (values - given_back).norm(dim=-1).flatten(0, 1)

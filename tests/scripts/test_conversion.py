@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, Qwen3Config, TrainingArguments
 
 from modeling_constattn.compressed_constattn import compressed_attention
+from modeling_constattn.modeling_constattn import SlotKeyMap
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own call
 
@@ -317,7 +318,9 @@ def test_what_is_kept_is_unlike_the_rest_or_recalled_badly():
     tokens = SimpleNamespace(k=torch.ones(2, 32, 4), v=torch.ones(2, 32, 3), base=0, W=8, position=torch.arange(32))
     tokens.k[1, 20, :2] = -1
     tokens.v[1, 25] = -2
-    layer = SimpleNamespace(slot_k=lambda: (torch.ones(2, 5, 4), torch.zeros(2, 5), torch.zeros(2, 5)))
+    layer = SimpleNamespace(slot_k=SlotKeyMap(heads=2, slots=5, features=4).requires_grad_(False))
+    for parameter, value in zip(layer.slot_k.parameters(), (1.0, 0.0, -math.inf), strict=True):  # which forget nothing
+        parameter.fill_(value)
     unlike = unlike_the_mean_key(tokens, layer)
     assert unlike[0].abs().max() < 1e-6 and unlike[1].argmax() == 20
     mean = (tokens.k[1].cumsum(0)[27] / 28).double()  # 7 tokens later it leaves the window
